@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -119,6 +119,25 @@ class NodeCapability:
     @property
     def cpu(self) -> DeviceCapability | None:
         return next((device for device in self.devices if device.kind == "cpu"), None)
+
+    def part_of_cpu(self, num_workers: int) -> NodeCapability:
+        """The node as one of so many workers side by side on its CPU has it: a part of cores, memory and bandwidth."""
+
+        def part(value: float | None) -> float | None:
+            return value and value / num_workers
+
+        device = self.cpu
+        if device is None or num_workers == 1:
+            return self
+        own = replace(
+            device,
+            memory_bytes=device.memory_bytes and device.memory_bytes // num_workers,
+            flops_per_s={dtype: part(rate) for dtype, rate in device.flops_per_s.items()},
+            memory_bytes_per_s=part(device.memory_bytes_per_s),
+        )
+        devices = tuple(own if one is device else one for one in self.devices)
+        memory = self.memory_bytes and self.memory_bytes // num_workers
+        return replace(self, num_cores=max(1, self.num_cores // num_workers), memory_bytes=memory, devices=devices)
 
     @property
     def doubtful(self) -> list[DeviceCapability]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _PARAMETER = re.compile(
 )
 _NAMED = re.compile(r"\$\{[A-Za-z_]\w*\}")  # stands for the value of an environment variable
 _MASK = "***"
+_LOCK = threading.Lock()
+_APART: dict[str, tuple[tuple[bool, int], list[logging.Handler]]] = {}  # loggers apart: how they were, and their files
 _TOKEN_LENGTH = 16  # of user info without a password: what is longer is an access token, not a name
 
 
@@ -78,16 +81,25 @@ def masked_log(file: Path) -> logging.Handler:
 
 @contextlib.contextmanager
 def log_apart(name: str, file: Path) -> Iterator[None]:
-    """Inside the block a logger's lines go to a file and nowhere else, masked."""
+    """Inside the block a logger's lines go to a file and nowhere else, masked.
+
+    Blocks of several threads may overlap: each file then gets the lines of all.
+    """
     logger, handler = logging.getLogger(name), masked_log(file)
-    before = logger.propagate, logger.level
-    logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
+    with _LOCK:
+        before, _ = _APART.setdefault(name, ((logger.propagate, logger.level), []))
+        _APART[name][1].append(handler)
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        handler.close()
-        logger.propagate = before[0]
-        logger.setLevel(before[1])
+        with _LOCK:
+            logger.removeHandler(handler)
+            handler.close()
+            _APART[name][1].remove(handler)
+            if not _APART[name][1]:
+                del _APART[name]
+                logger.propagate = before[0]
+                logger.setLevel(before[1])

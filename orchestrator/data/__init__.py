@@ -11,6 +11,7 @@ prefixes     how much rows have in common at their beginnings
 samples      rows -> samples
 sizes        how long the rows are, without preparing them
 survey       one pass over a job's rows that keeps nothing
+survey_cache  what such a pass found, kept for the next one over the same rows
 readers      files and hub data sets -> rows
 rendering    examples -> texts by the chat template -> token ids and the mask of supervised tokens
 rows         what a row is, whatever file it came from

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -153,14 +152,6 @@ def survey(
             key.shares.append(_share(source, before, key.counts.statistics))
     _compare(found)
     return found
-
-
-def can_render() -> bool:
-    """Whether the packages that render rows are installed."""
-    try:
-        return all(importlib.util.find_spec(name) for name in ("transformers", "tokenizers", "jinja2"))
-    except ModuleNotFoundError:
-        return False
 
 
 def _limit(rows: Iterator[Row], limit: int | None, key: _Key) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _POLL_S = 0.2
 
@@ -36,6 +36,25 @@ def run_in_background(
             poll()
         except KeyboardInterrupt:
             interrupt()
+
+
+def run_side_by_side(calls: Sequence[Callable[[], None]]) -> list[BaseException | None]:
+    """Run the calls to their ends, each in a thread; what each raised."""
+    errors: list[BaseException | None] = [None] * len(calls)
+
+    def run(place: int) -> None:
+        try:
+            calls[place]()
+        except BaseException as error:  # the caller judges it
+            errors[place] = error
+
+    others = [threading.Thread(target=run, args=(place,), daemon=True) for place in range(1, len(calls))]
+    for thread in others:
+        thread.start()
+    run(0)
+    for thread in others:
+        thread.join()
+    return errors
 
 
 def load_in_background(load: Callable[[], object]) -> None:

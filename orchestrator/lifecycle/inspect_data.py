@@ -16,7 +16,8 @@ from orchestrator.data.rows.formats import Example, read_example
 from orchestrator.data.rows.guess import Guess, guess_columns
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import renderer_for
-from orchestrator.data.survey import can_render, survey
+from orchestrator.data.survey import survey
+from orchestrator.data.survey_cache import can_render
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job

@@ -10,8 +10,9 @@ from typing import Any
 
 from clusters.probe.machine import look_at_this_node
 from clusters.safe.reading import printable
+from orchestrator.data import survey_cache
 from orchestrator.data.readers.sources import sources_of
-from orchestrator.data.survey import Survey, can_render, survey
+from orchestrator.data.survey_cache import SurveyFindings, can_render
 from orchestrator.errors import JobError
 from orchestrator.job import hub, model_check, model_files
 from orchestrator.job.job_file import Job
@@ -33,7 +34,9 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
     Raises JobError with every mistake found.  Nothing is downloaded and no weight is read.
     """
     notices = list(job.notices)
-    folder, max_length = None, None
+    folder, max_length, found = None, None, None
+    entry: Path | None = None
+    most_rows = None if exact else _ROWS
     mistakes = _mistakes_in_paths(job)
     data_is_there = not mistakes
     with _collect(mistakes):
@@ -41,21 +44,29 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
     with _collect(mistakes):
         folder, max_length, found_notices = _check_model(job)
         notices += found_notices
+        if folder and data_is_there and can_render():
+            entry = survey_cache.entry_of(job, folder, max_length, most_rows)
+            found = survey_cache.recall(entry) if entry else None
+        if folder and found is None:
+            check_tokens(folder, workload.trainable_shape(model_files.read_config(folder)).vocab_size)
     unchecked = _unchecked(job, folder)
-    found: Survey | None = None
     if data_is_there:
         with _collect(mistakes):
-            found = _survey_rows(job, folder if not mistakes and can_render() else None, max_length, exact)
-            mistakes += found.mistakes()
+            if found is None or mistakes:
+                folder, entry = (None, None) if mistakes or not can_render() else (folder, entry)
+                found = _survey_rows(job, folder, max_length, most_rows)
+                if entry:
+                    survey_cache.keep(entry, found)
+            mistakes += found.mistakes
     if mistakes or found is None:
         raise JobError(mistakes)
     return {
         "valid": True,
         "name": job.spec.name,
-        "formats": found.formats(),
-        "notices": notices + found.lines(),
-        "statistics": found.statistics(),
-        "unchecked": unchecked + found.unchecked(),
+        "formats": found.formats,
+        "notices": notices + found.lines,
+        "statistics": found.statistics,
+        "unchecked": unchecked + found.unchecked,
     }
 
 
@@ -68,13 +79,16 @@ def _collect(mistakes: list[str]) -> Iterator[None]:
         mistakes += error.mistakes
 
 
-def _survey_rows(job: Job, folder: Path | None, max_length: int | None, exact: bool) -> Survey:
+def _survey_rows(job: Job, folder: Path | None, max_length: int | None, most_rows: int | None) -> SurveyFindings:
+    from orchestrator.data.survey import survey
+
     renderer = None
     if folder is not None:
         from orchestrator.data.samples import renderer_for
 
         renderer = renderer_for(job, folder)
-    return survey(job, renderer, max_length, None if exact else _ROWS)
+    found = survey(job, renderer, max_length, most_rows)
+    return SurveyFindings(found.formats(), found.statistics(), found.lines(), found.unchecked(), found.mistakes())
 
 
 def _unchecked(job: Job, folder: Path | None) -> list[str]:
@@ -142,7 +156,6 @@ def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
     config = model_files.read_config(folder)
     shape = workload.trainable_shape(config)
     max_length, _ = planner.resolve_max_length(spec, config)
-    check_tokens(folder, shape.vocab_size)
     model_check.check_targets(spec.methods(), architecture_of_shape(shape))
     notices += model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
     return folder, max_length, notices

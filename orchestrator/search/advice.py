@@ -21,7 +21,9 @@ from orchestrator.job.job_file import spec_with
 from orchestrator.job.space import Point, Space, key_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.lifecycle.prepare import Sizes
+from orchestrator.lifecycle.together.side_by_side import best_division
 from orchestrator.planning import planner, workload
+from orchestrator.planning.candidates import Slot
 from orchestrator.planning.goal import by_goal, pareto
 from orchestrator.planning.plan import Plan
 from strategies.shape import ModelShape
@@ -103,7 +105,9 @@ class Planning:
     whole: Sizes  # of the job's data
     sample: Sizes  # of the rows that trials train on
     global_batch_size: int
+    compares_times: bool = False  # of trials: then each has its machine for itself
     _works: dict[Any, Any] = field(default_factory=dict)
+    _workers: dict[str, tuple[int, float]] = field(default_factory=dict)  # by node
     _real: dict[str, Plan] = field(default_factory=dict)  # each trial is judged again after every other one
 
     @property
@@ -117,16 +121,51 @@ class Planning:
             self._real[key] = self._plan(self._spec(point), self.capability, self.whole)
         return self._real[key]
 
-    def trial(self, point: Mapping[str, Any], node: NodeCapability) -> Plan:
-        """A trial of this point on one device of a node.  Raises JobError and NothingFits."""
+    def trial(self, point: Mapping[str, Any], node: NodeCapability, num_workers: int | None = None) -> Plan:
+        """A trial of this point on one device of a node.  Raises JobError and NothingFits.
+
+        `num_workers`: that have a part of its CPU each; by default as many as it takes.
+        """
         alone = {
             "train.max_steps": self.spec.search.trial_steps,
             "strategy.mode": "single",
             "cluster.num_workers": 1,
             "eval.eval_steps": None,
         }
-        cluster = replace(self.capability, nodes=(replace(node, num_slots=1),))
+        part = node if node.gpus else node.part_of_cpu(num_workers or self.workers_on(node)[0])
+        cluster = replace(self.capability, nodes=(replace(part, num_slots=1),))
         return self._plan(spec_with(self._spec(point), alone), cluster, self.sample)
+
+    def workers_on(self, node: NodeCapability) -> tuple[int, float]:
+        """How many trials at a time the CPU of a node without GPUs takes, and the predicted gain over one.
+
+        Of this machine as many as do most steps in all, where the job leaves it open and times are not compared.
+        """
+        if node.name not in self._workers:
+            spec = self.spec
+            stated = [slot for slot in planner.slots_of(spec, self.capability) if slot.node.name == node.name]
+            is_open = spec.cluster.address == "local" and spec.cluster.num_workers == spec.train.threads == "auto"
+            if node.gpus or not is_open or self.compares_times:
+                self._workers[node.name] = len(stated), 1.0
+            else:
+                most = min(node.num_cores, spec.search.budget.trials)
+                self._workers[node.name] = best_division(lambda count: self._trial_step_s(node, count), most)
+        return self._workers[node.name]
+
+    def _trial_step_s(self, node: NodeCapability, num_workers: int) -> float | None:
+        try:
+            return self.trial({}, node, num_workers).step_s
+        except (JobError, NothingFits):
+            return None
+
+    def slots(self, nodes: Sequence[NodeCapability]) -> list[Slot]:
+        """Where trials run at a time."""
+        names = {node.name for node in nodes}
+        found = [slot for slot in planner.slots_of(self.spec, self.capability) if slot.node.name in names]
+        if len(found) == 1 and found[0].device.kind == "cpu":
+            count = self.workers_on(nodes[0])[0]
+            found = count * [replace(found[0], threads=max(1, found[0].threads // count))]
+        return found
 
     def _spec(self, point: Mapping[str, Any]) -> JobSpec:
         return spec_with(self.spec, {**point, "train.global_batch_size": self.global_batch_size})

@@ -29,7 +29,7 @@ from orchestrator.search.advice import Forecast, Planning, advice_json, advise
 from orchestrator.search.conclusion import conclude
 from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.session import SearchObserver, Session
-from orchestrator.search.sharing import why_none_share
+from orchestrator.search.sharing import compared_by_time, why_none_share
 from orchestrator.search.together import SharedTrials
 from orchestrator.training.workers.gpu_locks import hold_one_each
 from strategies.step import host_memory
@@ -78,7 +78,9 @@ def _prepare(
     capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
     space = _space_of(job, capability, batch, named)
     files = files_of(job, ready, space, named, say)
-    return ready, files, planning_of(job, files, capability, batch), space
+    planning = planning_of(job, files, capability, batch)
+    planning.compares_times = bool(compared_by_time(job.spec, space, named))
+    return ready, files, planning, space
 
 
 def _space_of(job: Job, capability: ClusterCapability, batch: int, named: list[tuple[str, Point]]) -> Space:
@@ -107,6 +109,7 @@ def _restore(folder: SearchFolder, watcher: SearchObserver) -> Session:
     planning = planning_in(folder, job)
     named = [(name, point) for name, point in folder.study()]
     space = _space_of(job, planning.capability, planning.global_batch_size, named)
+    planning.compares_times = bool(compared_by_time(job.spec, space, named))
     nodes = nodes_of(job.spec, planning.capability, folder.plan())
     advised = None if named else _advised(planning, space, nodes, watcher)
     return Session(folder, job, planning, space, nodes, watcher, advised, named)
@@ -156,8 +159,15 @@ def _tune(search: Session) -> None:
     address = spec.cluster.address
     search.watcher.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
     names = {node.name for node in search.nodes}
-    places = [slot for slot in planner.slots_of(spec, search.planning.capability) if slot.node.name in names]
+    places = search.planning.slots(search.nodes)
     threads = max(slot.threads for slot in places)
+    _, gain = search.planning.workers_on(search.nodes[0])
+    if gain > 1:
+        search.note(
+            f"{len(places)} trials at a time, or groups that share a base model, with {threads} of"
+            f" {search.nodes[0].num_cores} cores each: predicted {gain:.2f} x the steps of one after the other"
+            " (cluster.num_workers: 1 keeps them so)"
+        )
     gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
     process = WorkerProcess(host_memory.process_environment(), spec.cluster.nice)
     uuids = [[gpu.uuid] for gpu in gpus if gpu.uuid]

@@ -49,16 +49,22 @@ def why_none_share(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point
     """Why all trials of a search are tried by themselves; empty as the job wants it so, None where some may share."""
     if spec.search.share_base == "never":
         return ""
-    tried = {key for key, values in space.choices.items() if len(values) > 1} | set(space.ranges)
-    points = [point for _, point in named]
-    tried |= {key for point in points for key in point if any(other.get(key) != point[key] for other in points)}
-    compared = sorted(tried & _TIMED)
-    if spec.goal.prefer in ("time", "cost") and compared:
+    if compared := compared_by_time(spec, space, named):
         return (
             f"no trial shares its base model with others: goal.prefer is {spec.goal.prefer}, and times of"
             f" {', '.join(compared)} can be compared only where each trial computes by itself"
         )
     return None
+
+
+def compared_by_time(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point]]) -> list[str]:
+    """Keys whose values a search compares by the time of their trials."""
+    if spec.goal.prefer not in ("time", "cost"):
+        return []
+    tried = {key for key, values in space.choices.items() if len(values) > 1} | set(space.ranges)
+    points = [point for _, point in named]
+    tried |= {key for point in points for key in point if any(other.get(key) != point[key] for other in points)}
+    return sorted(tried & _TIMED)
 
 
 def share_of(

@@ -66,13 +66,13 @@ CONTENDERS: dict[str, Contender] = {
     "LoRA r8, rsLoRA": Contender("lora", {**_RANK, "use_rslora": True}, 1e-3),
     "DoRA r8": Contender("lora", {**_RANK, "use_dora": True}, 2e-3),
     "full": Contender("full", {}, 1e-4),
-    "GaLore r64": Contender("experimental_galore", {"rank": 64, "update_proj_gap": 50}, 1e-3),
-    "APOLLO r64": Contender("experimental_apollo", {"rank": 64}, 1e-3),
-    "LSP-Offload": Contender("experimental_lsp_offload", {}, 1e-3),
-    "SHiRA r8": Contender("experimental_shira", {"shira_r": 8}, 5e-3),
-    "boosted r1": Contender("experimental_boosted_lora", {"lora_r": 1, "restart_every": 8}, 2e-3),
-    "MixLoRA, 4 of r2": Contender("experimental_mixlora", {"num_experts": 4, "lora_r": 2, "lora_alpha": 4}, 2e-3),
-    "memory, 16384 rows": Contender("experimental_memory", {}, 1e-2),
+    "GaLore r64": Contender("experimental_galore", {"rank": 64, "update_proj_gap": 50}, 3e-3),
+    "APOLLO r64": Contender("experimental_apollo", {"rank": 64}, 3.3e-4),
+    "LSP-Offload": Contender("experimental_lsp_offload", {}, 3.3e-4),
+    "SHiRA r8": Contender("experimental_shira", {"shira_r": 8}, 1.7e-3),
+    "boosted r1": Contender("experimental_boosted_lora", {"lora_r": 1, "restart_every": 8}, 6e-3),
+    "MixLoRA, 4 of r2": Contender("experimental_mixlora", {"num_experts": 4, "lora_r": 2, "lora_alpha": 4}, 6e-3),
+    "memory, 16384 rows": Contender("experimental_memory", {}, 1e-1),
     "pruned to 70 %": Contender("experimental_pruned_lora", {**_RANK, "mask_every": 2}, 2e-3),
 }
 
@@ -96,7 +96,7 @@ def rows_of(folder: Path) -> tuple[Dataset, Dataset]:
         return train_rows, held_out.select(range(min(HELD_OUT, len(held_out))))
 
 
-def set_up(one: Contender, seed: int, rate: float, num_samples: int) -> tuple[TrainSetup, Techniques]:
+def set_up(one: Contender, seed: int, rate: float, num_samples: int, num_steps: int) -> tuple[TrainSetup, Techniques]:
     from transformers import AutoModelForCausalLM
 
     document_attention.register()
@@ -107,7 +107,7 @@ def set_up(one: Contender, seed: int, rate: float, num_samples: int) -> tuple[Tr
     )
     torch.manual_seed(seed)
     settings = TrainSettings(
-        rate, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, seed, num_samples=num_samples
+        rate, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, seed, num_samples=num_samples, num_steps=num_steps
     )
     return method.setup(model, settings), techniques
 
@@ -116,7 +116,7 @@ def run(
     one: Contender, data: tuple[Dataset, Dataset], seed: int, rate: float, num_steps: int, look: int = LOOK
 ) -> dict[str, Any]:
     """Held-out losses by step, CPU seconds by step, and the bytes of what trains with its moments."""
-    setup, techniques = set_up(one, seed, rate, len(data[0]))
+    setup, techniques = set_up(one, seed, rate, len(data[0]), num_steps)
     seconds, losses = [0.0], {}
     base = evaluate_loss(setup, data[1], techniques, ProcessGroup())
     mark = [time.process_time()]

@@ -262,7 +262,7 @@ RANKS = [4, 8, 16]
 
 
 def together(asked: argparse.Namespace) -> None:
-    """Whole searches from the probe to the recommendation, in turn over one base and each trial by itself."""
+    """Whole searches from the probe to the recommendation, in turn as planned and one trial after the other."""
     from orchestrator.search.run import search
     from orchestrator.views.search import SearchWatcher
 
@@ -311,6 +311,7 @@ def _small_steps(folder: Path, options: argparse.Namespace, way: str):
         f"name: bench\nmodel: {{model_name_or_path: {options.model}, dtype: {options.dtype}}}\n"
         f"data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 512}}\n"
         f"method: {{type: lora}}\ngoal: {{prefer: quality}}\n"
+        f"cluster: {{num_workers: {1 if way == 'never' else 'auto'}}}\n"
         f"train: {{global_batch_size: {options.rows}, per_device_train_batch_size: {options.rows},"
         " gradient_checkpointing: false}\n"
         f"checkpoint: {{output_dir: {folder}/runs}}\ntracking: {{report_to: []}}\nsearch: {json.dumps(asked)}\n",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.units import format_bytes
 from orchestrator.job.job_file import Job
+from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.lifecycle.run import HeldRun
+from orchestrator.lifecycle.together.side_by_side import divided, may_divide
 from orchestrator.planning.memory_fit import needed_bytes
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import record
@@ -31,6 +33,8 @@ class Sharing:
     def text(self) -> str:
         """What happens, in one sentence."""
         names = ", ".join(held.run.run_id for held in self.runs)
+        if len(self.runs) == 1:
+            return f"{names} has its base model for itself, with a predicted {format_bytes(self.memory.total_bytes)}"
         at_once = "all at once" if self.places == len(self.runs) else f"{self.places} at a time, the others as they end"
         return (
             f"{len(self.runs)} runs share one base model in one worker ({names}): {at_once}, with a predicted"
@@ -77,14 +81,19 @@ def base_key(model: Hashable, job: Job, plan: Plan) -> Hashable:
         method.load_dtype(techniques),
         str(method.load_arguments(techniques)),
         (techniques.dtype, techniques.attn_implementation, techniques.gradient_checkpointing, techniques.loss_type),
-        (part.node, part.device, part.torch_device, part.uuid, part.threads),
+        (part.node, part.device, part.torch_device, part.uuid, "" if may_divide(job, plan) else part.threads),
         job.spec.train.deterministic,
         job.spec.cluster.nice,
     )
 
 
-def share(runs: Sequence[HeldRun], say: Callable[[str], None]) -> list[Sharing | HeldRun]:
-    """Runs that have something to train, grouped by their base where they can be; says what happens and why."""
+def share(
+    runs: Sequence[HeldRun], say: Callable[[str], None], bank: BankHooks = NO_BANK
+) -> list[tuple[Sharing, ...] | HeldRun]:
+    """Runs that have something to train, grouped by their base where they can be; says what happens and why.
+
+    Runs of one base may be divided among workers that train side by side.
+    """
     groups: dict[Hashable, list[HeldRun]] = {}
     for held in runs:
         assert held.plan is not None
@@ -93,11 +102,17 @@ def share(runs: Sequence[HeldRun], say: Callable[[str], None]) -> list[Sharing |
             say(f"{held.run.run_id} trains by itself: {why}")
         key = held.run.run_id if why else base_key(model_of(held.run), held.job, held.plan)
         groups.setdefault(key, []).append(held)
-    found: list[Sharing | HeldRun] = []
+    found: list[tuple[Sharing, ...] | HeldRun] = []
     for members in groups.values():
-        found.append(members[0] if len(members) == 1 else _sharing(members))
-    for one in found:
-        if isinstance(one, Sharing):
+        division = divided(members, bank)
+        if len(members) == 1:
+            found += division.workers[0]
+            continue
+        sharing = tuple(map(_sharing, division.workers))
+        found.append(sharing)
+        if len(sharing) > 1:
+            say(division.text)
+        for one in sharing:
             say(one.text)
     return found
 

@@ -15,7 +15,7 @@ from clusters.ray.connect import connect
 from orchestrator.errors import ClusterError, OrchestratorError, RunFailed, Stopped
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle import finish, machines
-from orchestrator.lifecycle.background import run_in_background
+from orchestrator.lifecycle.background import run_in_background, run_side_by_side
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks, Watcher
 from orchestrator.lifecycle.recovery import Recovery, replan
 from orchestrator.lifecycle.run import HeldRun, LiveRun, check_result, complete, hold
@@ -54,15 +54,18 @@ def submit_together(
             if one.plan is None:
                 with _outcome_in(found, place):
                     found[place] = complete(one, submissions[place].watcher, bank)
-        for one in share([one for one in held.values() if one.plan is not None], say):
+        for one in share([one for one in held.values() if one.plan is not None], say, bank):
             if isinstance(one, HeldRun):
                 place = places[one.run.run_id]
                 with _outcome_in(found, place):
                     found[place] = complete(one, submissions[place].watcher, bank)
                 continue
-            watchers = [submissions[places[member.run.run_id]].watcher for member in one.runs]
-            for member, outcome in zip(one.runs, _train_sharing(one, watchers, say, bank), strict=True):
-                found[places[member.run.run_id]] = outcome
+            workers = [
+                WorkerRuns.begin(sharing, lambda member: submissions[places[member.run.run_id]].watcher, bank)
+                for sharing in one
+            ]
+            for run_id, outcome in _train_sharing(workers, say, bank).items():
+                found[places[run_id]] = outcome
     if stopped := next((one for one in found.values() if isinstance(one, Stopped)), None):
         raise stopped
     return [found[place] for place in range(len(submissions))]
@@ -79,29 +82,40 @@ def _outcome_in(found: dict[int, Outcome], place: int) -> Iterator[None]:
         found[place] = error
 
 
-def _train_sharing(
-    sharing: Sharing, watchers: Sequence[Watcher], say: Callable[[str], None], bank: BankHooks
-) -> list[Outcome]:
-    """Train runs in one worker, judge each by itself, and do what follows those that are finished."""
-    runs = [
-        LiveRun.begin(held.run, held.job, watcher, bank) for held, watcher in zip(sharing.runs, watchers, strict=True)
-    ]
-    error: BaseException | None
+@dataclass(frozen=True)
+class WorkerRuns:
+    """A worker and its runs, which have begun."""
+
+    sharing: Sharing
+    runs: tuple[LiveRun, ...]
+
+    @classmethod
+    def begin(cls, sharing: Sharing, watcher_of: Callable[[HeldRun], Watcher], bank: BankHooks) -> WorkerRuns:
+        """Begin its runs."""
+        runs = (LiveRun.begin(held.run, held.job, watcher_of(held), bank) for held in sharing.runs)
+        return cls(sharing, tuple(runs))
+
+
+def _train_sharing(workers: Sequence[WorkerRuns], say: Callable[[str], None], bank: BankHooks) -> dict[str, Outcome]:
+    """Train the runs of workers side by side, judge each by itself, and do what follows those that are finished."""
+    errors: Sequence[BaseException | None]
     try:
-        error = _train_on_ray(runs, sharing, say)
+        errors = _train_on_ray(workers, say)
     except BaseException as raised:
-        error = raised
-    found: list[Outcome] = []
-    for live in runs:
-        try:
-            with live.judged():
-                _judge(live, error)
-            finish.finish(live.run, live.job, live.watcher.event, bank)
-            found.append(live.run)
-        except OrchestratorError as own:
-            found.append(own)
-    if isinstance(error, ClusterError) or (error is not None and not isinstance(error, OrchestratorError)):
-        raise error
+        errors = [raised] * len(workers)
+    found: dict[str, Outcome] = {}
+    for worker, error in zip(workers, errors, strict=True):
+        for live in worker.runs:
+            try:
+                with live.judged():
+                    _judge(live, error)
+                finish.finish(live.run, live.job, live.watcher.event, bank)
+                found[live.run.run_id] = live.run
+            except OrchestratorError as own:
+                found[live.run.run_id] = own
+    for error in errors:
+        if isinstance(error, ClusterError) or (error is not None and not isinstance(error, OrchestratorError)):
+            raise error
     return found
 
 
@@ -116,9 +130,9 @@ def _judge(live: LiveRun, error: BaseException | None) -> None:
     check_result(run)
 
 
-def _train_on_ray(runs: Sequence[LiveRun], sharing: Sharing, say: Callable[[str], None]) -> BaseException | None:
-    """Start Ray and the worker, and report of all runs until it ends; what went wrong with the worker itself."""
-    first, held = runs[0], sharing.runs[0]
+def _train_on_ray(workers: Sequence[WorkerRuns], say: Callable[[str], None]) -> list[BaseException | None]:
+    """Start Ray and the workers, and report of all runs until they end; what went wrong with each worker itself."""
+    first, held = workers[0].runs[0], workers[0].sharing.runs[0]
     assert held.plan is not None
     say("starting Ray ...")
     recovery = Recovery(
@@ -126,16 +140,21 @@ def _train_on_ray(runs: Sequence[LiveRun], sharing: Sharing, say: Callable[[str]
     )
     with machines.cluster_errors(), contextlib.ExitStack() as stack:
         if not recovery.lock_gpus(stack):
-            for live in runs[1:]:
-                live.run.record_stop()
-            return None
+            for live in _runs_of(workers):
+                if live is not first:
+                    live.run.record_stop()
+            return [None] * len(workers)
         plan = recovery.plan
-        for one in sharing.runs:
+        for one in workers[0].sharing.runs:
             _follow(one, plan)
         gpus = machines.planned_gpus(plan, recovery.capability)
         process = machines.worker_process(plan, first.job.spec.cluster.nice)
-        cluster = stack.enter_context(connect("local", 1, plan.threads_per_worker, gpus, process))
-        return _watch(runs, plan, cluster.slot_resources, sharing)
+        cluster = stack.enter_context(connect("local", len(workers), plan.threads_per_worker, gpus, process))
+        return _watch(workers, cluster.slot_resources)
+
+
+def _runs_of(workers: Sequence[WorkerRuns]) -> list[LiveRun]:
+    return [live for worker in workers for live in worker.runs]
 
 
 def _follow(held: HeldRun, first: Plan) -> None:
@@ -146,26 +165,32 @@ def _follow(held: HeldRun, first: Plan) -> None:
         held.run.keep("plan.json", replace(held.plan, nodes=(replace(part, uuid=gpu),)).to_json())
 
 
-def _watch(runs: Sequence[LiveRun], plan: Plan, slot: dict[str, float], sharing: Sharing) -> BaseException | None:
-    """Run the worker to its end and report meanwhile."""
+def _watch(workers: Sequence[WorkerRuns], slot: dict[str, float]) -> list[BaseException | None]:
+    """Run the workers to their ends and report meanwhile; what went wrong with each."""
     from orchestrator.training.together.worker import SharedWork
     from orchestrator.training.workers.launch import launch
 
-    work = SharedWork(tuple(str(live.run.path) for live in runs), sharing.places, sharing.memory)
+    def start(worker: WorkerRuns) -> Callable[[], None]:
+        sharing, run = worker.sharing, worker.runs[0].run
+        work = SharedWork(tuple(str(live.run.path) for live in worker.runs), sharing.places, sharing.memory)
+        return lambda: launch(run, run.plan(), slot, {}, work)
+
+    errors: list[BaseException | None] = []
 
     def train() -> None:
-        launch(runs[0].run, plan, slot, {}, work)
+        errors.extend(run_side_by_side([start(worker) for worker in workers]))
 
     def poll() -> None:
-        for live in runs:
+        for live in _runs_of(workers):
             live.report()
             live.mirror.send_if_due()
 
     def interrupt() -> None:
-        for live in runs:
+        for live in _runs_of(workers):
             live.interrupt()
 
-    error = run_in_background(train, poll, interrupt)
-    for live in runs:
+    if own := run_in_background(train, poll, interrupt):
+        raise own
+    for live in _runs_of(workers):
         live.report()
-    return error
+    return errors

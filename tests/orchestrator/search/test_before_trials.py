@@ -1,6 +1,7 @@
 """What a search knows before its first trial: the space, the plan of every point, the sample of the data."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from orchestrator.planning import planner
 from orchestrator.search.advice import Planning, advise, by_kind, plan_for
 from orchestrator.search.study import read_study
 from orchestrator.search.subset import representative
+from strategies.shape import ModelShape
 from tests.orchestrator.planning.test_choice import MIDDLE, SMALL, machine
 
 CONFIG = {"max_position_embeddings": 4096}
@@ -207,3 +209,57 @@ def test_equal_points_have_one_name():
     assert phrase({"model.dtype": "bfloat16", "data.packing": True, "train.learning_rate": 1e-4}) == (
         "bfloat16, packing, learning_rate 0.0001"
     )
+
+
+TOY = ModelShape.from_config(
+    {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512,
+    }
+)  # fmt: skip
+
+
+def cpu_box(cores=8):
+    """A machine without GPUs."""
+    node = machine("box")
+    return replace(node, num_cores=cores)
+
+
+def test_trials_share_a_cpu_where_that_does_more_of_them():
+    """A step of a tiny model is mostly operations, which take as long on one core as on eight."""
+    node = cpu_box()
+    found = planning(spec_of("train: {max_steps: 8}"), TOY, node)
+
+    count, gain = found.workers_on(node)
+
+    assert count in (2, 4) and gain >= 1.1
+    assert found.trial({}, node).threads_per_worker == 8 // count
+    assert [slot.threads for slot in found.slots([node])] == [8 // count] * count
+
+
+@pytest.mark.parametrize(
+    ("text", "compares"), [("", True), ("cluster: {num_workers: 1}", False), ("train: {threads: 8}", False)]
+)
+def test_trials_have_the_cpu_for_themselves_where_times_count_or_the_job_says_so(text, compares):
+    node = cpu_box()
+    found = planning(spec_of(text), TOY, node)
+    found.compares_times = compares
+
+    assert found.workers_on(node) == (1, 1.0)
+    assert found.trial({}, node).threads_per_worker == 8 and len(found.slots([node])) == 1
+
+
+def test_trials_of_as_many_workers_as_are_stated_have_a_part_of_the_cpu_each():
+    node = cpu_box()
+    found = planning(spec_of("cluster: {num_workers: 2}"), SMALL, node)
+
+    assert found.workers_on(node) == (2, 1.0)
+    assert found.trial({}, node).threads_per_worker == 4
+    assert [slot.threads for slot in found.slots([node])] == [4, 4]
+
+
+def test_a_machine_with_gpus_takes_a_trial_a_gpu():
+    node = machine("pc", "RTX 3060")
+    found = planning(spec_of(), SMALL, node)
+
+    assert found.workers_on(node) == (1, 1.0) and len(found.slots([node])) == 1

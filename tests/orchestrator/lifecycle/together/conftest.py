@@ -13,6 +13,7 @@ JOB = """\
 name: {name}
 model: {{model_name_or_path: {model}, dtype: float32}}
 data: {{train: {name}.jsonl, eval: {name}-eval.jsonl, max_length: 64, packing: true}}
+cluster: {{num_workers: {workers}}}
 method: {{lora_r: {rank}, lora_dropout: {dropout}}}
 train: {{global_batch_size: {batch}, max_steps: {steps}, learning_rate: 1e-2, max_grad_norm: {clip}}}
 eval: {{max_new_tokens: 4, max_rows: 2, eval_steps: 2}}
@@ -35,19 +36,22 @@ def folder(model_folder, tmp_path_factory):
         write_jsonl(place / f"{name}-eval.jsonl", rows(4, start=50 * number + 30))
         text = JOB.format(
             name=name, model=model_folder, rank=rank, dropout=dropout, batch=batch, steps=steps, clip=clip,
-            runs=place / "runs",
+            workers=1, runs=place / "runs",
         )  # fmt: skip
         (place / f"{name}.yaml").write_text(text)
     return place
 
 
-def train_together_here(runs, sharing, say):
-    """In place of Ray: the one worker of several runs, in this process."""
+def train_together_here(workers, say):
+    """In place of Ray: the workers of several runs, one after the other in this process."""
     from orchestrator.training.together.worker import SharedWork
 
-    SharedWork(tuple(str(live.run.path) for live in runs), sharing.places, sharing.memory)(runs[0].run, 0, 1, "", 0)
-    for live in runs:
+    for worker in workers:
+        folders = tuple(str(live.run.path) for live in worker.runs)
+        SharedWork(folders, worker.sharing.places, worker.sharing.memory)(worker.runs[0].run, 0, 1, "", 0)
+    for live in (live for worker in workers for live in worker.runs):
         live.report()
+    return [None] * len(workers)
 
 
 @pytest.fixture
