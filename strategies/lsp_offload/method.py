@@ -162,7 +162,7 @@ class LspOffload(MethodDefaults):
         if self.subspace_size != "auto":
             return Sized(self.subspace_size, "asked", "as the job says")
         shapes = [(linear.outputs, linear.inputs) for linear in shape.linears]
-        return largest_that_hides(shapes, times, rates, default_size(shape.hidden_size))
+        return largest_that_hides(shapes, times, rates, shape.num_layers, default_size(shape.hidden_size))
 
     def _bag_s(self, workload: Workload, device: DeviceCapability, num_micro: int) -> float:
         """Seconds of a step's images and ways back: each reads a gradient's rows r times; fits share their steps."""

@@ -93,7 +93,7 @@ def compare() -> None:
     times = LayerTimes(FORWARD_S / asked.scale, BACKWARD_S / asked.scale)
     side = int((LAYER_WEIGHTS / asked.scale) ** 0.5)
     whole_rates = Rates(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(side * side))
-    sized = largest_that_hides([(side, side)], times, whole_rates)
+    sized = largest_that_hides([(side, side)], times, whole_rates, asked.layers)
     native_s = measured_alone(asked.layers, times, asked.steps)
     print(f"{asked.layers} layers of {side} x {side}; AdamW here {whole_rates.adam_elements_per_s / 1e9:.2f} G/s")
     print(sized.text)

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--data", type=Path, default=DATA, help="a folder with train.jsonl and eval.jsonl")
     parser.add_argument("--first-layer", type=int, default=0, help="LoRA on this decoder layer and those above it")
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -74,7 +75,8 @@ def compare(arguments: argparse.Namespace) -> dict:
         print(
             "matrix-product ceiling:", ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in results["ceiling_gflops"].items())
         )
-        names = [name for name in CONTESTANTS if name != "llama-factory" or os.environ.get("LLAMAFACTORY_PYTHON")]
+        chosen = ["ours", *(name for name in CONTESTANTS if name in arguments.contestants and name != "ours")]
+        names = [name for name in chosen if name != "llama-factory" or os.environ.get("LLAMAFACTORY_PYTHON")]
         rounds = [{name: finished(name, arguments, scratch) for name in names} for _ in range(arguments.rounds)]
         names = [name for name in names if all(found[name] for found in rounds)]
         for name in names:
