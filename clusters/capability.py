@@ -121,23 +121,36 @@ class NodeCapability:
         return next((device for device in self.devices if device.kind == "cpu"), None)
 
     def part_of_cpu(self, num_workers: int) -> NodeCapability:
-        """The node as one of so many workers side by side on its CPU has it: a part of cores, memory and bandwidth."""
+        """The node as one of so many workers side by side on its CPU has it: whole cores, and a part of memory,
+        bandwidth, power and price.
+        """
 
         def part(value: float | None) -> float | None:
             return value and value / num_workers
 
         device = self.cpu
-        if device is None or num_workers == 1:
+        if device is None or num_workers <= 1:
             return self
+        num_cores = max(1, self.num_cores // num_workers)
         own = replace(
             device,
             memory_bytes=device.memory_bytes and device.memory_bytes // num_workers,
-            flops_per_s={dtype: part(rate) for dtype, rate in device.flops_per_s.items()},
+            flops_per_s={
+                dtype: rate and rate * num_cores / self.num_cores for dtype, rate in device.flops_per_s.items()
+            },
             memory_bytes_per_s=part(device.memory_bytes_per_s),
+            power_w=part(device.power_w),
         )
-        devices = tuple(own if one is device else one for one in self.devices)
-        memory = self.memory_bytes and self.memory_bytes // num_workers
-        return replace(self, num_cores=max(1, self.num_cores // num_workers), memory_bytes=memory, devices=devices)
+        return replace(
+            self,
+            num_cores=num_cores,
+            memory_bytes=self.memory_bytes and self.memory_bytes // num_workers,
+            devices=tuple(own if one is device else one for one in self.devices),
+            idle_w=part(self.idle_w),
+            load_w=part(self.load_w),
+            price_per_hour=part(self.price_per_hour),
+            purchase_price=part(self.purchase_price),
+        )
 
     @property
     def doubtful(self) -> list[DeviceCapability]:

@@ -31,7 +31,7 @@ class _Ends(Quiet):
 def build_bank(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str], None]) -> list[AdapterCard]:
     """An adapter in the bank for each FOLDER/NAME that holds train.jsonl; finished ones are not trained again.
 
-    Those that can share a base model train in one worker.  One that fails does not stop the others.  Raises JobError
+    Those that can share a base model train together.  One that fails does not stop the others.  Raises JobError
     for a folder without data sets, and in the end where some failed.
     """
     found = sorted(one for one in folder.glob("*/") if (one / "train.jsonl").is_file()) if folder.is_dir() else []

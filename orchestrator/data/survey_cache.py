@@ -15,8 +15,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import clusters.safe
+import orchestrator.data
+import strategies.model
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, read_json, record
 from orchestrator.data.readers.sources import skipped_of, sources_of
@@ -81,7 +85,11 @@ def _files(job: Job, model_folder: Path) -> Iterator[Path]:
     if job.spec.data.chat_template != "tokenizer":
         yield job.folder / job.spec.data.chat_template
     yield from (one for one in sorted(model_folder.iterdir()) if one.is_file() and one.suffix not in _WEIGHTS)
-    yield from sorted(Path(__file__).parent.rglob("*.py"))
+    yield from sorted(file for module in (orchestrator.data, strategies.model, clusters.safe) for file in _code(module))
+
+
+def _code(package: ModuleType) -> Iterator[Path]:
+    return (file for folder in package.__path__ for file in Path(folder).rglob("*.py"))
 
 
 def _as_listed(file: Path) -> tuple[int, ...]:

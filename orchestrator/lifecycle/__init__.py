@@ -14,7 +14,7 @@ calibration       measured over predicted step times of finished runs -> better 
 validate          a job checked without starting it
 inspect_data      rows as the model will see them, and what packing makes of them
 stages            a model in stages while it runs: which layers are where, who stands by, which stage is slow
-together          several jobs at once: those that can share a base model train in one worker
+together          several jobs at once: those that can share a base model train together
 proofs            `verify`: two ways to the same answer, tried on a job's own model, rows and machines
 trace_check       `plan --trace`: the predicted memory against the model code on fake tensors
 technique_report  every technique judged on every device

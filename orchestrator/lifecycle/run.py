@@ -17,7 +17,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from clusters.capability import ClusterCapability
+from clusters.capability import ClusterCapability, NodeCapability
 from clusters.ray import resident
 from clusters.ray.connect import CannotConnect, Connection, connect
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
@@ -35,7 +35,7 @@ from orchestrator.lifecycle.verify import check_same_job, is_handed_back, verifi
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import checkpoints
 from orchestrator.runs.condition import exported_damage, model_digests
-from orchestrator.runs.events import ModelReady, StateChange, TrackingReport
+from orchestrator.runs.events import ModelReady, Note, StateChange, TrackingReport
 from orchestrator.runs.mirror.tracking import Mirror
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.summary.summary_file import summary_of
@@ -58,7 +58,7 @@ def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankH
     with were changed.
     """
     with contextlib.ExitStack() as stack:
-        return complete(_hold_started(stack, run, watcher, job), watcher, bank)
+        return complete(_hold_started(stack, run, watcher, job, bank), watcher, bank)
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,12 @@ def hold(
                 stack.enter_context(attempt.pop_all())
                 return HeldRun(run, job, ready.plan)
         known = run  # another process was faster
-    return _hold_started(stack, known, watcher, job)
+    return _hold_started(stack, known, watcher, job, bank)
 
 
-def _hold_started(stack: contextlib.ExitStack, run: RunFolder, watcher: Watcher, job: Job | None) -> HeldRun:
+def _hold_started(
+    stack: contextlib.ExitStack, run: RunFolder, watcher: Watcher, job: Job | None, bank: BankHooks
+) -> HeldRun:
     """Hold a run that has begun; as `resume`."""
     stack.enter_context(run.lock())
     run.restore(watcher.say)
@@ -102,9 +104,48 @@ def _hold_started(stack: contextlib.ExitStack, run: RunFolder, watcher: Watcher,
         watcher.say(f"{key} was changed since the run began; it is used as it is now")
     if is_handed_back(run, watcher.say):
         return HeldRun(run, job, None)
-    files, plan = verified_files(run, job, watcher.say), run.plan()
-    watcher.planned(run, job, plan, files.statistics or {})
-    return HeldRun(run, job, plan)
+    files = verified_files(run, job, watcher.say)
+    held = HeldRun(run, job, run.plan())
+    whole = replace(held, plan=with_part_of_cpu(held, 1, bank))
+    keep_plan(held, whole, 1)
+    watcher.planned(run, job, whole.plan or run.plan(), files.statistics or {})
+    return whole
+
+
+def leaves_workers_open(job: Job, plan: Plan) -> bool:
+    """Whether a job leaves it to the planner how many workers its CPU has, with how many threads."""
+    is_open = job.spec.cluster.num_workers == job.spec.train.threads == "auto"
+    return is_open and plan.nodes[0].torch_device == "cpu" and plan.num_workers == 1
+
+
+def node_of(held: HeldRun) -> NodeCapability:
+    """The machine that a run was planned for."""
+    assert held.plan
+    name = held.plan.nodes[0].node
+    return next(node for node in held.run.capability().nodes if node.name == name)
+
+
+def with_part_of_cpu(held: HeldRun, num_workers: int, bank: BankHooks) -> Plan:
+    """A run's plan for one of so many workers side by side: one that is left of several gets the whole CPU again.
+
+    Nothing is written.  Raises JobError and NothingFits where the run does not fit its part.
+    """
+    assert held.plan
+    if not leaves_workers_open(held.job, held.plan) or (node := node_of(held)).gpus:
+        return held.plan
+    part = node.part_of_cpu(num_workers)
+    if held.plan.nodes[0].threads == part.num_cores:
+        return held.plan
+    again = replan(held.run, held.job, bank, held.plan, ClusterCapability((part,)))
+    return replace(again, phases=again.phases.with_preparation(held.plan.phases.preparation_s))
+
+
+def keep_plan(before: HeldRun, held: HeldRun, num_workers: int) -> None:
+    """Write a run's plan for one of so many workers side by side, where it is another one than before."""
+    if held.plan is not None and held.plan is not before.plan:
+        held.run.keep("plan.json", held.plan.to_json())
+        cores = f"{held.plan.threads_per_worker} of {node_of(held).num_cores} cores"
+        held.run.record(Note(f"planned again for {cores}; workers side by side: {num_workers}"))
 
 
 def complete(held: HeldRun, watcher: Watcher, bank: BankHooks = NO_BANK) -> RunFolder:

@@ -106,6 +106,8 @@ class Planning:
     sample: Sizes  # of the rows that trials train on
     global_batch_size: int
     compares_times: bool = False  # of trials: then each has its machine for itself
+    points: Sequence[Point] = ()  # that may be tried, or many of them
+    num_trials: int = 1  # that are left
     _works: dict[Any, Any] = field(default_factory=dict)
     _workers: dict[str, tuple[int, float]] = field(default_factory=dict)  # by node
     _real: dict[str, Plan] = field(default_factory=dict)  # each trial is judged again after every other one
@@ -146,15 +148,22 @@ class Planning:
             stated = [slot for slot in planner.slots_of(spec, self.capability) if slot.node.name == node.name]
             is_open = spec.cluster.address == "local" and spec.cluster.num_workers == spec.train.threads == "auto"
             if node.gpus or not is_open or self.compares_times:
-                self._workers[node.name] = len(stated), 1.0
+                self._workers[node.name] = max(1, len(stated)), 1.0
             else:
-                most = min(node.num_cores, spec.search.budget.trials)
+                most = min(node.num_cores, self.num_trials)
                 self._workers[node.name] = best_division(lambda count: self._trial_step_s(node, count), most)
         return self._workers[node.name]
 
     def _trial_step_s(self, node: NodeCapability, num_workers: int) -> float | None:
+        """Predicted of the job as it is; None where a point that fits the whole machine does not fit a part."""
+        for point in self.points if num_workers > 1 else ():
+            if self._step_s(point, node, num_workers) is None and self._step_s(point, node, 1) is not None:
+                return None
+        return self._step_s({}, node, num_workers)
+
+    def _step_s(self, point: Mapping[str, Any], node: NodeCapability, num_workers: int) -> float | None:
         try:
-            return self.trial({}, node, num_workers).step_s
+            return self.trial(point, node, num_workers).step_s
         except (JobError, NothingFits):
             return None
 
@@ -163,7 +172,7 @@ class Planning:
         names = {node.name for node in nodes}
         found = [slot for slot in planner.slots_of(self.spec, self.capability) if slot.node.name in names]
         if len(found) == 1 and found[0].device.kind == "cpu":
-            count = self.workers_on(nodes[0])[0]
+            count = self.workers_on(next(node for node in nodes if node.name == found[0].node.name))[0]
             found = count * [replace(found[0], threads=max(1, found[0].threads // count))]
         return found
 

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from clusters.capability import ClusterCapability, NodeCapability
@@ -29,10 +30,12 @@ from orchestrator.search.advice import Forecast, Planning, advice_json, advise
 from orchestrator.search.conclusion import conclude
 from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.session import SearchObserver, Session
-from orchestrator.search.sharing import compared_by_time, why_none_share
+from orchestrator.search.sharing import time_sensitive_keys, why_none_share
 from orchestrator.search.together import SharedTrials
 from orchestrator.training.workers.gpu_locks import hold_one_each
 from strategies.step import host_memory
+
+_POINTS_LOOKED_AT = 200  # whether they fit a part of a machine
 
 if TYPE_CHECKING:  # it loads Ray Tune, which waits for the first trial
     from orchestrator.search.tuning import Slots
@@ -79,8 +82,15 @@ def _prepare(
     space = _space_of(job, capability, batch, named)
     files = files_of(job, ready, space, named, say)
     planning = planning_of(job, files, capability, batch)
-    planning.compares_times = bool(compared_by_time(job.spec, space, named))
+    _describe_trials(planning, space, named, 0)
     return ready, files, planning, space
+
+
+def _describe_trials(planning: Planning, space: Space, named: list[tuple[str, Point]], num_done: int) -> None:
+    """Tell the planner what decides how many trials a CPU takes at a time."""
+    planning.compares_times = bool(time_sensitive_keys(planning.spec, space, named))
+    planning.points = [point for _, point in named] or list(islice(space.points(), _POINTS_LOOKED_AT))
+    planning.num_trials = max(1, (len(named) or planning.spec.search.budget.trials) - num_done)
 
 
 def _space_of(job: Job, capability: ClusterCapability, batch: int, named: list[tuple[str, Point]]) -> Space:
@@ -109,7 +119,7 @@ def _restore(folder: SearchFolder, watcher: SearchObserver) -> Session:
     planning = planning_in(folder, job)
     named = [(name, point) for name, point in folder.study()]
     space = _space_of(job, planning.capability, planning.global_batch_size, named)
-    planning.compares_times = bool(compared_by_time(job.spec, space, named))
+    _describe_trials(planning, space, named, len(folder.trials()))
     nodes = nodes_of(job.spec, planning.capability, folder.plan())
     advised = None if named else _advised(planning, space, nodes, watcher)
     return Session(folder, job, planning, space, nodes, watcher, advised, named)

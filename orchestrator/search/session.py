@@ -148,7 +148,10 @@ class Session:
         if self.stopped and trial.status == "stopped":
             self.running.pop(trial.number)
             return
-        self._ended(Trial(**{**asdict(trial), "point": drawn.point, "name": drawn.name, "curve": trial.curve}))
+        values = asdict(trial) | {"point": drawn.point, "name": drawn.name, "curve": trial.curve}
+        if values.get("time") and self._num_side_by_side > 1:  # another one took caches and bandwidth meanwhile
+            values["time"] = values["time"] | {"formula_step_s": None}
+        self._ended(Trial(**values))
 
     def failed(self, number: int, reason: str) -> None:
         """A trial's process died or Tune could not start it."""
@@ -173,8 +176,15 @@ class Session:
 
     @property
     def node_hours(self) -> float:
-        """Of all trials so far."""
-        return (sum(t.seconds for t in self.done) + sum(drawn.seconds for drawn in self.running.values())) / 3600
+        """Of all trials so far; of those side by side on one CPU each took its part of the machine."""
+        seconds = sum(t.seconds for t in self.done) + sum(drawn.seconds for drawn in self.running.values())
+        return seconds / 3600 / self._num_side_by_side
+
+    @cached_property
+    def _num_side_by_side(self) -> int:
+        """Trials at a time on the CPU of this machine."""
+        (first, *others) = self.nodes
+        return 1 if others or first.gpus else self.planning.workers_on(first)[0]
 
     def poll(self) -> None:
         """Notice the verb `stop`."""

@@ -49,7 +49,7 @@ def why_none_share(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point
     """Why all trials of a search are tried by themselves; empty as the job wants it so, None where some may share."""
     if spec.search.share_base == "never":
         return ""
-    if compared := compared_by_time(spec, space, named):
+    if compared := time_sensitive_keys(spec, space, named):
         return (
             f"no trial shares its base model with others: goal.prefer is {spec.goal.prefer}, and times of"
             f" {', '.join(compared)} can be compared only where each trial computes by itself"
@@ -57,7 +57,7 @@ def why_none_share(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point
     return None
 
 
-def compared_by_time(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point]]) -> list[str]:
+def time_sensitive_keys(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point]]) -> list[str]:
     """Keys whose values a search compares by the time of their trials."""
     if spec.goal.prefer not in ("time", "cost"):
         return []

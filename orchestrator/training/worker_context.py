@@ -61,6 +61,11 @@ class RunSeat(Protocol):
         ...
 
     @property
+    def num_workers(self) -> int:
+        """Of this machine that train side by side."""
+        ...
+
+    @property
     def waited_s(self) -> float:
         """For passes so far, its part of them included."""
         ...

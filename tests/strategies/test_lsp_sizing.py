@@ -14,9 +14,8 @@ def test_the_slowest_lane_bounds_the_size():
     assert largest_that_hides([(4096, 4096)], TIMES, slow_cpu, 32).size == 1536
     found = largest_that_hides([(4096, 4096)], TIMES, slow_bus, 32)
     assert (found.size, found.bound) == (768, "down") and "the way to the host" in found.text
-    assert (
-        largest_that_hides([(4096, 4096)] * 4, TIMES, slow_cpu, 32).size == 768
-    )  # four weights share the layer's time
+    of_four = [(4096, 4096)] * 4  # which share the layer's time
+    assert largest_that_hides(of_four, TIMES, slow_cpu, 32).size == 768
     assert largest_that_hides([(1024, 4096)], TIMES, slow_cpu, 32).size == 512  # half of the smallest side
 
 

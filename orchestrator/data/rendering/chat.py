@@ -24,7 +24,7 @@ from orchestrator.data.rendering.supervision import (
     missing_tools,
     outside,
 )
-from orchestrator.data.rendering.turnwise import Render, Turns, compiled, endings_of
+from orchestrator.data.rendering.turnwise import Render, Turns, compile_template, endings_of
 from orchestrator.data.rows.row import BadRow
 from orchestrator.data.rows.turns import CALL_STYLES, CallStyle
 
@@ -115,7 +115,7 @@ class ChatTemplate:
         except Exception as error:  # Jinja raises its own tree, templates raise what they like
             raise _refusal(error) from None
 
-    def written(self, talk: Conversation) -> Written:
+    def write(self, talk: Conversation) -> Written:
         """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
         turns = Turns(talk.turns)
         if not (self._direct and self._endings and self._is_plain(talk)):
@@ -137,7 +137,7 @@ class ChatTemplate:
     @cached_property
     def _direct(self) -> Render | None:
         """The template itself, for turns of text alone: transformers' call around it takes twice as long."""
-        return compiled(self.tokenizer, self.source)
+        return compile_template(self.tokenizer, self.source)
 
     @cached_property
     def _endings(self) -> tuple[str, str] | None:
@@ -170,7 +170,7 @@ class ChatTemplate:
         if self._marks_generation:
             text, spans = self._render_marked(talk)
         else:
-            whole = self.written(talk)
+            whole = self.write(talk)
             text, spans = whole.text, self._by_prefix(talk, whole)
         if spans is not None:
             self.refuse_lost(talk, text, spans)
@@ -184,7 +184,7 @@ class ChatTemplate:
         return self._in_a_style(talk, lambda: self._last_answer(talk))
 
     def _last_answer(self, talk: Conversation) -> tuple[str, Span]:
-        whole = self.written(talk)
+        whole = self.write(talk)
         text = whole.text
         try:
             span = self._answer_span(talk, text, whole)

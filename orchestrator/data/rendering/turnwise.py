@@ -38,10 +38,10 @@ def endings(source: str, constants: set[str]) -> tuple[str, str] | None:
     for node in body[: loops[0]]:
         if not _depends_on(node, known, of_loop=False):
             return None
-        known |= _assigned(node)
+        known |= _names_set(node)
     if not isinstance(loop.target, nodes.Name) or loop.test or loop.else_ or loop.recursive:
         return None
-    own = {loop.target.name}.union(*map(_assigned, loop.body))
+    own = {loop.target.name}.union(*map(_names_set, loop.body))
     if own & known or not _is_named(loop.iter, "messages"):  # a name with two meanings; other turns than those given
         return None
     if {"messages", "loop", "add_generation_prompt"} & (own | known) or not _all(loop.body, own | known, of_loop=True):
@@ -71,7 +71,7 @@ def _constant(parts: Iterable[Any], is_prompted: bool) -> str | None:
     return text
 
 
-def _assigned(node: Any) -> set[str]:
+def _names_set(node: Any) -> set[str]:
     """Names that a node sets."""
     from jinja2 import nodes
 
@@ -132,7 +132,7 @@ class Turns(list[Any]):
             yield turn
 
 
-def compiled(tokenizer: Any, source: str) -> Render | None:
+def compile_template(tokenizer: Any, source: str) -> Render | None:
     """The compiled template itself, as `apply_chat_template` fills it for turns of text alone.
 
     None where it does not write the same, or this version of transformers does not show it.
@@ -151,7 +151,7 @@ def compiled(tokenizer: Any, source: str) -> Render | None:
         def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
             given = {**names, "messages": turns, "add_generation_prompt": add_generation_prompt}
             parts = template.root_render_func(template.new_context(given, shared=True))
-            return "".join(_counted(parts, turns) if isinstance(turns, Turns) else parts)
+            return "".join(_count(parts, turns) if isinstance(turns, Turns) else parts)
 
         usual = tokenizer.apply_chat_template(probe, chat_template=source, tokenize=False)
         return render if render(probe, False) == usual else None
@@ -159,7 +159,7 @@ def compiled(tokenizer: Any, source: str) -> Render | None:
         return None
 
 
-def _counted(parts: Iterable[str], turns: Turns) -> Iterator[str]:
+def _count(parts: Iterable[str], turns: Turns) -> Iterator[str]:
     """What a template writes, counted for the turns that it reads meanwhile."""
     turns.written = 0
     for part in parts:

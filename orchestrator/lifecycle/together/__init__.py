@@ -1,4 +1,4 @@
-"""Several jobs at once: those that can share a base model train in one worker.
+"""Several jobs at once: those that can share a base model train together.
 
 submit        start here: several jobs from their files to their results
 share         which jobs share a base, how many at a time, and why the others train alone

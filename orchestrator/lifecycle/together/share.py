@@ -10,7 +10,7 @@ from clusters.units import format_bytes
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.lifecycle.run import HeldRun
-from orchestrator.lifecycle.together.side_by_side import divided, may_divide
+from orchestrator.lifecycle.together.side_by_side import divide
 from orchestrator.planning.memory_fit import needed_bytes
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import record
@@ -81,10 +81,15 @@ def base_key(model: Hashable, job: Job, plan: Plan) -> Hashable:
         method.load_dtype(techniques),
         str(method.load_arguments(techniques)),
         (techniques.dtype, techniques.attn_implementation, techniques.gradient_checkpointing, techniques.loss_type),
-        (part.node, part.device, part.torch_device, part.uuid, "" if may_divide(job, plan) else part.threads),
+        (part.node, part.device, part.torch_device, part.uuid, job.spec.train.threads),
         job.spec.train.deterministic,
         job.spec.cluster.nice,
     )
+
+
+def _why_and_key(held: HeldRun) -> Hashable:
+    assert held.plan
+    return why_alone(held.job, held.plan), base_key(model_of(held.run), held.job, held.plan)
 
 
 def share(
@@ -104,10 +109,10 @@ def share(
         groups.setdefault(key, []).append(held)
     found: list[tuple[Sharing, ...] | HeldRun] = []
     for members in groups.values():
-        division = divided(members, bank)
         if len(members) == 1:
-            found += division.workers[0]
+            found += members
             continue
+        division = divide(members, bank, _why_and_key)
         sharing = tuple(map(_sharing, division.workers))
         found.append(sharing)
         if len(sharing) > 1:

@@ -6,16 +6,13 @@ back is mostly Python.  So two workers with half of the cores each do more in al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
-from clusters.capability import ClusterCapability, NodeCapability
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import BankHooks
-from orchestrator.lifecycle.recovery import replan
-from orchestrator.lifecycle.run import HeldRun
-from orchestrator.planning.plan import Plan
+from orchestrator.lifecycle.run import HeldRun, keep_plan, leaves_workers_open, node_of, with_part_of_cpu
 
 _WORTH = 1.1  # of one worker's speed: what workers take from each other's caches is in no formula
 _MOST = 4  # more than two were not measured
@@ -38,28 +35,6 @@ def best_division(step_s: Callable[[int], float | None], most: int) -> tuple[int
     return best, gain
 
 
-def may_divide(job: Job, plan: Plan) -> bool:
-    """Whether a job leaves it to the planner how many workers its CPU has, with how many threads."""
-    is_open = job.spec.cluster.num_workers == job.spec.train.threads == "auto"
-    return is_open and plan.nodes[0].torch_device == "cpu" and plan.num_workers == 1
-
-
-def node_of(held: HeldRun) -> NodeCapability:
-    """The machine that a run was planned for."""
-    assert held.plan
-    name = held.plan.nodes[0].node
-    return next(node for node in held.run.capability().nodes if node.name == name)
-
-
-def as_one_of(held: HeldRun, num_workers: int, bank: BankHooks) -> HeldRun:
-    """A run planned for one of so many workers, nothing written.  Raises JobError and NothingFits."""
-    node, plan = node_of(held).part_of_cpu(num_workers), held.plan
-    assert plan
-    if plan.nodes[0].threads == node.num_cores:
-        return held
-    return replace(held, plan=replan(held.run, held.job, bank, plan, ClusterCapability((node,))))
-
-
 @dataclass(frozen=True)
 class SideBySide:
     """Runs divided among workers, and planned for them."""
@@ -80,31 +55,36 @@ class SideBySide:
         )
 
 
-def divided(runs: Sequence[HeldRun], bank: BankHooks) -> SideBySide:
-    """The runs among as many workers as do most steps in all; in one where more win nothing."""
-    if not all(held.plan and may_divide(held.job, held.plan) for held in runs):
-        return SideBySide((tuple(runs),))
+def divide(runs: Sequence[HeldRun], bank: BankHooks, same: Callable[[HeldRun], Hashable]) -> SideBySide:
+    """The runs among as many workers as do most steps in all; in one where more win nothing.
 
-    def step_s(num_workers: int) -> float | None:
+    `same`: what must be equal of runs that share a base; planned for a part of the CPU they may differ in it.
+    """
+
+    @cache
+    def planned(num_workers: int) -> list[HeldRun]:
+        return [replace(held, plan=with_part_of_cpu(held, num_workers, bank)) for held in runs]
+
+    def seconds(num_workers: int) -> float | None:
         try:
-            plan = as_one_of(runs[0], num_workers, bank).plan
+            found = planned(num_workers)
         except (JobError, NothingFits):
             return None
-        return plan.step_s if plan else None
+        if num_workers > 1 and len({same(held) for held in [*found, runs[0]]}) > 1:
+            return None  # with a part of the memory they would be computed in other ways
+        return sum(held.plan.step_s * held.plan.num_steps for held in found if held.plan)
 
-    num_cores = node_of(runs[0]).num_cores
-    try:
-        count, gain = best_division(step_s, min(len(runs), num_cores))
-        planned = [as_one_of(held, count, bank) for held in runs]
-    except (JobError, NothingFits):  # one that is larger than the first does not fit a part of the memory
-        count, gain, planned = 1, 1.0, [as_one_of(held, 1, bank) for held in runs]
-    for held in planned:
-        assert held.plan
-        held.run.keep("plan.json", held.plan.to_json())
+    count, gain, num_cores = 1, 1.0, 0
+    if all(held.plan and leaves_workers_open(held.job, held.plan) for held in runs):
+        num_cores = node_of(runs[0]).num_cores
+        count, gain = best_division(seconds, min(len(runs), num_cores))
+    kept = planned(count)
+    for before, held in zip(runs, kept, strict=True):
+        keep_plan(before, held, count)
     parts: list[list[HeldRun]] = [[] for _ in range(count)]
-    for held in sorted(planned, key=_total_s, reverse=True):
+    for held in sorted(kept, key=_total_s, reverse=True):
         min(parts, key=lambda part: sum(map(_total_s, part))).append(held)
-    return SideBySide(tuple(map(tuple, parts)), gain, num_cores)
+    return SideBySide(tuple(tuple(sorted(part, key=kept.index)) for part in parts), gain, num_cores)
 
 
 def _total_s(held: HeldRun) -> float:

@@ -1,4 +1,4 @@
-"""Several jobs from their files to their results: those that share a base model train in one worker.
+"""Several jobs from their files to their results: those that share a base model train together.
 
 A run folder each, as when they are submitted one by one, and the same command continues each where it stands.  What one
 comes to does not stop the others.
@@ -172,7 +172,8 @@ def _watch(workers: Sequence[WorkerRuns], slot: dict[str, float]) -> list[BaseEx
 
     def start(worker: WorkerRuns) -> Callable[[], None]:
         sharing, run = worker.sharing, worker.runs[0].run
-        work = SharedWork(tuple(str(live.run.path) for live in worker.runs), sharing.places, sharing.memory)
+        folders = tuple(str(live.run.path) for live in worker.runs)
+        work = SharedWork(folders, sharing.places, sharing.memory, len(workers))
         return lambda: launch(run, run.plan(), slot, {}, work)
 
     errors: list[BaseException | None] = []

@@ -24,8 +24,11 @@ _PASSES_A_TRIM = 10
 class SharedModel:
     """The base model of several runs, loaded once, and the row in which their micro-batches meet."""
 
-    def __init__(self, num_runs: int, memory: MemoryEstimate, note: Callable[[str], None]) -> None:
-        self.num_runs, self.memory, self._note = num_runs, memory, note
+    def __init__(
+        self, num_runs: int, memory: MemoryEstimate, note: Callable[[str], None], num_workers: int = 1
+    ) -> None:
+        """`num_workers`: of this machine that train side by side, each a model of its own."""
+        self.num_runs, self.memory, self._note, self.num_workers = num_runs, memory, note, num_workers
         self._base: BaseCopies | None = None
         self._row: JointRow | None = None
         self.passed: list[HeaviestLoad] = []  # in preflights
@@ -74,6 +77,11 @@ class SharedSeat:
     def num_runs(self) -> int:
         """That share the base."""
         return self._shared.num_runs
+
+    @property
+    def num_workers(self) -> int:
+        """Of this machine that train side by side."""
+        return self._shared.num_workers
 
     @property
     def memory(self) -> MemoryEstimate:

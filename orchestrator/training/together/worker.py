@@ -30,6 +30,7 @@ class SharedWork:
     folders: tuple[str, ...]  # of the runs
     places: int  # of them that train at a time
     memory: MemoryEstimate  # of those together
+    num_workers: int = 1  # of this machine that train side by side
 
     def __call__(self, first: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         """Train the runs to their ends; `first` is one of them."""
@@ -39,7 +40,7 @@ class SharedWork:
             for run in runs:
                 run.record(Note(text))
 
-        shared = SharedModel(len(runs), self.memory, note)
+        shared = SharedModel(len(runs), self.memory, note, self.num_workers)
         torch.set_num_threads(first.plan().part_of(node, slot).threads)
         calls = [partial(_work, shared, run, node, slot) for run in runs]
         with deterministic(first.job().spec.train.deterministic):

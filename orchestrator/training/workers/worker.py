@@ -136,7 +136,8 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
         ) from error
     seconds, peak = time.perf_counter() - started, peak_bytes(context.device)
     spent = meter.read()
-    part = context.seat.computed_s / seconds if context.seat else 1.0  # others computed meanwhile
+    # Others computed meanwhile, in this process and beside it.
+    part = context.seat.computed_s / seconds / context.seat.num_workers if context.seat else 1.0
     energy = result.sum_energy(context.group.gather({**vars(spent), "wh": part * spent.wh} if spent else None))
     return TrainingOutcome(progress, first_step, seconds, peak, energy)
 

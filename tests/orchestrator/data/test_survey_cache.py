@@ -92,6 +92,6 @@ def test_old_entries_leave(tmp_path, monkeypatch):
     assert sorted(file.stem for file in tmp_path.glob("*.json")) == ["2", "3"]
 
 
-def test_rows_that_are_elsewhere_have_no_entry(job_at, model_folder):
+def test_rows_of_a_hub_have_no_entry(job_at, model_folder):
     assert entry_of(job_at(train="someone/chats"), model_folder, 64, 1000) is None
     assert entry_of(job_at(), model_folder, 64, 1000)

@@ -17,6 +17,7 @@ JOB = """\
 name: tiny
 model: {{model_name_or_path: {model}, dtype: float32}}
 data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64, packing: true}}
+cluster: {{num_workers: 1}}
 method: {{type: lora}}
 train: {{global_batch_size: 4, num_train_epochs: 2, per_device_train_batch_size: 4, gradient_checkpointing: false}}
 checkpoint: {{output_dir: {runs}}}

@@ -229,6 +229,7 @@ def test_trials_share_a_cpu_where_that_does_more_of_them():
     """A step of a tiny model is mostly operations, which take as long on one core as on eight."""
     node = cpu_box()
     found = planning(spec_of("train: {max_steps: 8}"), TOY, node)
+    found.num_trials = 12
 
     count, gain = found.workers_on(node)
 
@@ -263,3 +264,33 @@ def test_a_machine_with_gpus_takes_a_trial_a_gpu():
     found = planning(spec_of(), SMALL, node)
 
     assert found.workers_on(node) == (1, 1.0) and len(found.slots([node])) == 1
+
+
+def test_a_machine_without_slots_takes_no_part_of_a_search_s_planning():
+    """A cluster's head, for one, that offers none."""
+    head, card = replace(cpu_box(), num_slots=0), machine("pc", "RTX 3060")
+    found = planning(spec_of("cluster: {address: auto}"), SMALL, head, card)
+
+    assert found.workers_on(head) == (1, 1.0)
+    assert found.trial({}, head).num_workers == 1
+    assert [slot.node.name for slot in found.slots([head, card])] == ["pc"]
+
+
+def test_a_point_that_needs_the_whole_memory_keeps_trials_one_at_a_time():
+    node = cpu_box(2)
+    found = planning(spec_of("method: {type: lora}"), TOY, node)
+    found.num_trials, found.points = 4, [{}, {"method.lora_r": 4}]
+    assert found.workers_on(node)[0] == 2
+    real = found._step_s
+    found._workers.clear()
+    found._step_s = lambda point, node, count: None if point and count > 1 else real(point, node, count)
+
+    assert found.workers_on(node) == (1, 1.0)
+
+
+def test_the_last_trial_has_the_whole_machine():
+    node = cpu_box(2)
+    found = planning(spec_of(), TOY, node)
+    found.num_trials = 1
+
+    assert found.workers_on(node) == (1, 1.0)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from orchestrator.data.rendering.chat import ChatTemplate, Conversation
-from orchestrator.data.rendering.turnwise import Turns, compiled, endings
+from orchestrator.data.rendering.turnwise import Turns, compile_template, endings
 from tests.conftest import CHAT_TEMPLATE
 from tests.orchestrator.data.rendering.test_chat import LEARNT, SYSTEM_FIRST, each
 
@@ -60,7 +60,7 @@ def test_the_first_turns_are_the_beginning_of_all_as_if_they_were_rendered_alone
             for number in range(draw.randint(1, 6))
         ]
         talk = Conversation((*first, *turns))
-        whole = template.written(talk)
+        whole = template.write(talk)
 
         found = [
             template._through(talk, number, whole, prompted)
@@ -86,8 +86,8 @@ def test_tools_and_turns_with_more_than_text_are_rendered_again(tokenizer):
     template = ChatTemplate(tokenizer, CHAT_TEMPLATE)
     talk = Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "c"}))
 
-    assert template.written(talk).begins is None
-    assert template.written(Conversation(talk.turns[:1], ({"function": {"name": "f"}},))).begins is None
+    assert template.write(talk).begins is None
+    assert template.write(Conversation(talk.turns[:1], ({"function": {"name": "f"}},))).begins is None
 
 
 def test_one_rendering_serves_every_answer_of_a_conversation(tokenizer, monkeypatch):
@@ -104,7 +104,7 @@ def test_one_rendering_serves_every_answer_of_a_conversation(tokenizer, monkeypa
 
 def test_turns_count_what_is_written_in_each_rendering(tokenizer):
     turns = Turns([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    render = compiled(tokenizer, each("m.content"))
+    render = compile_template(tokenizer, each("m.content"))
 
     text = render(turns, False)
     first = list(turns.begins)

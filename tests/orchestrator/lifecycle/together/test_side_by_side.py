@@ -8,11 +8,14 @@ import pytest
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.safe.masking import log_apart
 from orchestrator.errors import NothingFits, Stopped
+from orchestrator.lifecycle import run as path_of_a_job
 from orchestrator.lifecycle.background import run_side_by_side
+from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.lifecycle.together import side_by_side
 from orchestrator.lifecycle.together import submit as path_of_jobs
 from orchestrator.lifecycle.together.side_by_side import best_division
 from orchestrator.lifecycle.together.submit import submit_together
+from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from tests.orchestrator.lifecycle.together.conftest import UNLIKE
 from tests.orchestrator.lifecycle.together.test_submit import assert_same, submissions
@@ -40,13 +43,14 @@ def test_as_many_workers_as_do_most_steps_in_all(seconds, most, expected):
 
 def test_a_worker_has_its_part_of_the_cores_the_memory_and_the_bandwidth():
     cpu = DeviceCapability("cpu", "EPYC", 24, flops_per_s={"float32": 100.0, "bfloat16": None}, memory_bytes_per_s=40.0)
-    node = NodeCapability("pc", 5, 25, (cpu,))
+    node = NodeCapability("pc", 5, 25, (cpu,), load_w=90.0, price_per_hour=0.5)
 
     part = node.part_of_cpu(2)
 
     assert (part.num_cores, part.memory_bytes) == (2, 12) and part.cpu
     assert (part.cpu.memory_bytes, part.cpu.memory_bytes_per_s) == (12, 20.0)
-    assert part.cpu.flops_per_s == {"float32": 50.0, "bfloat16": None}
+    assert part.cpu.flops_per_s == {"float32": 40.0, "bfloat16": None}  # two of five cores
+    assert (part.load_w, part.price_per_hour) == (45.0, 0.25)
     assert node.part_of_cpu(1) == node
 
 
@@ -54,8 +58,9 @@ def test_a_worker_has_its_part_of_the_cores_the_memory_and_the_bandwidth():
 def two_workers(monkeypatch):
     """A machine of four cores on which two workers win, whatever this one predicts."""
     monkeypatch.setattr(side_by_side, "best_division", lambda step_s, most: (min(2, most), 1.4))
-    found = side_by_side.node_of
-    monkeypatch.setattr(side_by_side, "node_of", lambda held: replace(found(held), num_cores=4))
+    found = path_of_a_job.node_of
+    for module in (path_of_a_job, side_by_side):
+        monkeypatch.setattr(module, "node_of", lambda held: replace(found(held), num_cores=4))
 
 
 def test_runs_of_two_workers_come_to_what_each_comes_to_alone(folder, here, alone, two_workers):
@@ -90,12 +95,57 @@ def test_what_is_left_of_a_build_is_planned_for_all_cores_again(folder, here, tw
     assert found.plan().threads_per_worker == 4 and found.state_by_events() == "finished"
 
 
+def test_one_of_them_that_is_resumed_by_itself_has_all_cores(folder, here, two_workers, monkeypatch):
+    def stop_at_once(workers, say):
+        for live in (live for worker in workers for live in worker.runs):
+            live.run.record_stop()
+        return [None] * len(workers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(path_of_jobs, "_train_on_ray", stop_at_once)
+        with pytest.raises(Stopped):
+            submit_together(submissions(folder, "halved", names=("one", "two"), **OPEN), print)
+    run = RunFolder(folder / "runs" / "halved-one")
+    assert run.plan().threads_per_worker == 2
+
+    path_of_a_job.resume(run, Quiet())
+
+    assert run.plan().threads_per_worker == 4 and run.state_by_events() == "finished"
+    notes = [event.text for event in run.events_of(Note) if "planned again" in event.text]
+    assert notes == [
+        "planned again for 2 of 4 cores; workers side by side: 2",
+        "planned again for 4 of 4 cores; workers side by side: 1",
+    ]
+
+
+def test_runs_that_a_part_of_the_memory_would_change_stay_in_one_worker(folder, here, monkeypatch):
+    real = path_of_a_job.replan
+
+    def with_checkpointing(run, job, bank, plan, cluster):
+        again = real(run, job, bank, plan, cluster)
+        parts = (replace(one, techniques=replace(one.techniques, gradient_checkpointing=True)) for one in again.nodes)
+        return replace(again, nodes=tuple(parts))
+
+    said = []
+    monkeypatch.setattr(path_of_a_job, "replan", with_checkpointing)
+    submit_together(submissions(folder, "changed", names=("one", "two"), **OPEN), said.append)
+
+    assert "2 runs share one base model in one worker" in said[0]
+
+
+def test_a_job_that_states_one_worker_shares_with_one_that_leaves_it_open(folder, here, two_workers):
+    said = []
+    submit_together(submissions(folder, "stated", names=("one", "two"), one=OPEN["one"]), said.append)
+
+    assert "2 runs share one base model in one worker" in said[0]
+
+
 def test_runs_that_do_not_fit_a_part_of_the_memory_stay_in_one_worker(folder, here, monkeypatch):
     def none_fits(*_):
         raise NothingFits("half of the memory")
 
     said = []
-    monkeypatch.setattr(side_by_side, "replan", none_fits)
+    monkeypatch.setattr(path_of_a_job, "replan", none_fits)
     found = submit_together(submissions(folder, "tight", names=("one", "two"), **OPEN), said.append)
 
     assert "2 runs share one base model in one worker" in said[0]
