@@ -186,29 +186,35 @@ def at_seconds(one: dict[str, Any], limit: float) -> float:
 
 
 def table(files: Sequence[Path]) -> Iterator[str]:
-    """A row for each method: mean held-out loss over tasks, with the spread of seeds, and what a step takes."""
+    """A row for each method: held-out loss of each task (mean of its seeds, and half of what they differ by) after
+    equal steps, and after the seconds of computing that LoRA's same run took.
+    """
     known = {key: one for file in files for key, one in json.loads(file.read_text()).items()}
     runs = {tuple(key.split("|")): one for key, one in known.items()}
-    names = dict.fromkeys(key[2] for key in runs)
-    yield "| method | equal steps | equal seconds | seconds a step | state |"
-    yield "|---|---|---|---|---|"
+    tasks, names = (list(dict.fromkeys(key[place] for key in runs)) for place in (0, 2))
+    yield f"| method | {' | '.join(tasks)} | equal seconds | seconds a step | state | runs |"
+    yield f"|---|{'---|' * (len(tasks) + 4)}"
     for name in names:
         own = {key: one for key, one in runs.items() if key[2] == name}
-        seeds = sorted({key[1] for key in own})
-        steps, equal = [], []
-        for seed in seeds:
-            here = {key: one for key, one in own.items() if key[1] == seed}
-            steps.append(statistics.mean(one["losses"][key[3]] for key, one in here.items()))
-            limits = {key: runs[(key[0], key[1], "LoRA r8", key[3])]["seconds"][-1] for key in here}
-            equal.append(statistics.mean(at_seconds(one, limits[key]) for key, one in here.items()))
+        steps, seconds = [], []
+        for task in tasks:
+            here = {key: one for key, one in own.items() if key[0] == task}
+            limits = {key: runs.get((task, key[1], "LoRA r8", key[3])) for key in here}
+            steps.append(shown([one["losses"][key[3]] for key, one in here.items()]))
+            equal = [at_seconds(one, limit["seconds"][-1]) for key, one in here.items() if (limit := limits[key])]
+            seconds.append(f"{statistics.mean(equal):.3f}" if equal else "-")
         step_s = statistics.median(one["seconds"][-1] / (len(one["seconds"]) - 1) for one in own.values())
         size = max(one["state_bytes"] for one in own.values()) / 2**20
-        yield f"| {name} | {shown(steps)} | {shown(equal)} | {step_s:.2f} | {size:.1f} MiB |"
+        cells = [name, *steps, ", ".join(seconds), f"{step_s:.2f}", f"{size:.1f} MiB", str(len(own))]
+        yield f"| {' | '.join(cells)} |"
 
 
 def shown(values: Sequence[float]) -> str:
+    """Mean and half of the range; nothing where none was measured."""
+    if not values:
+        return "-"
     spread = (max(values) - min(values)) / 2
-    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+    return f"{statistics.mean(values):.3f}" + (f" ± {spread:.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:
