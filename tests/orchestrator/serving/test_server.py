@@ -301,7 +301,8 @@ def test_an_engine_that_is_killed_is_started_again_and_only_what_it_computed_is_
     waiting.join()
 
     assert first.startswith(b"data: ")
-    assert "the engine's process ended (SIGKILL" in rest or '"finish_reason": "length"' in rest
+    ended = '"finish_reason": "' in rest  # it was faster than the kill, or drew the end of text
+    assert "the engine's process ended (SIGKILL" in rest or ended
     assert answers["waiting"].status == 200, answers["waiting"].text
     assert server.engine().pid != old.pid
     assert any("engine_restarts" in name and value == 1 for name, value in server.metrics().items())
