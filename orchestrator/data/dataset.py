@@ -7,8 +7,6 @@ template and the options.  Samples are read from the mapping, so a dataset may b
 from __future__ import annotations
 
 import array
-import contextlib
-import gc
 import hashlib
 import itertools
 import json
@@ -345,22 +343,9 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
     return manifest.damage(folder, _FILES)
 
 
-@contextlib.contextmanager
-def _rare_searches() -> Iterator[None]:
-    """Inside the block garbage is looked for rarely: rows make many lists and no cycles, and each search takes longer
-    than a hundred rows."""
-    usual = gc.get_threshold()
-    gc.set_threshold(50_000, *usual[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
-
-
 def _write(parts: Iterable[Iterator[Row]], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
     counts, schema = RowCounts(), _SCHEMA if options.rows == "answers" else _DOCUMENTS
     with (
-        _rare_searches(),
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
         pyarrow.ipc.new_file(sink, schema) as writer,
         (folder / "rejected.jsonl").open("w") as rejected,
