@@ -27,6 +27,8 @@ from orchestrator.language.help import mistake_text, print_in
 from orchestrator.views.screen import Screen, accept_every_character, keep_standard_output
 from strategies.step import thread_waits
 
+_MANY_OBJECTS = 100_000
+
 app = typer.Typer(
     name="orchestrator",
     cls=program.GroupedVerbs,
@@ -59,13 +61,15 @@ def _options(
 def _put_off_garbage() -> None:
     """Look for garbage once the modules are there: none of what they make is, and 0.1 of 0.57 s went into looking."""
     usual = gc.get_threshold()
+    if usual[0] >= _MANY_OBJECTS:  # another call of this process has
+        return
 
     def restore(phase: str, found: dict[str, int]) -> None:
         gc.callbacks.remove(restore)
         gc.set_threshold(*usual)
 
     gc.callbacks.append(restore)
-    gc.set_threshold(100_000)
+    gc.set_threshold(_MANY_OBJECTS)
 
 
 def main() -> None:

@@ -7,13 +7,12 @@ cannot be read is made anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,12 +20,9 @@ from typing import Any
 import clusters.safe
 import orchestrator.data
 import strategies.model
-from clusters.safe.cache import cache_folder
-from clusters.safe.reading import BadInput, read_json, record
+from clusters.safe import cache
 from orchestrator.data.readers.sources import skipped_of, sources_of
-from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
-from orchestrator.job.paths import write_text_file
 from orchestrator.job.sections.training import HeldOutFraction
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -68,7 +64,7 @@ def entry_of(job: Job, model_folder: Path, max_length: int | None, most_rows: in
         seen = [(str(file), *_as_listed(file)) for file in _files(job, model_folder)]
         seen += [(name, importlib.metadata.version(name)) for name in _LIBRARIES]
         text = json.dumps([str(job.folder.absolute()), stated, seen], sort_keys=True)
-        return cache_folder("surveys", f"{hashlib.sha256(text.encode()).hexdigest()}.json")
+        return cache.cache_folder("surveys", f"{hashlib.sha256(text.encode()).hexdigest()}.json")
     except (OSError, RuntimeError, importlib.metadata.PackageNotFoundError):
         return None
 
@@ -98,17 +94,10 @@ def _as_listed(file: Path) -> tuple[int, ...]:
 
 
 def recall(entry: Path) -> SurveyFindings | None:
-    """The findings that were kept; None where there are none or they are damaged."""
-    try:
-        return record(SurveyFindings, read_json(entry, _MAX_BYTES), str(entry)) if entry.is_file() else None
-    except (BadInput, OSError):
-        return None
+    """The findings that were kept; None where there are none."""
+    return cache.recall(SurveyFindings, entry, _MAX_BYTES)
 
 
 def keep(entry: Path, findings: SurveyFindings) -> None:
-    """Keep findings for the next process; a cache that cannot be written is none."""
-    with contextlib.suppress(JobError, OSError):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text_file(entry, json.dumps(asdict(findings)), "the cache")
-        for old in sorted(entry.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
-            old.unlink()
+    """Keep findings for the next process."""
+    cache.keep(entry, findings, _KEPT)

@@ -6,19 +6,16 @@ the code that asks.  One that cannot be read is asked for anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.safe.cache import cache_folder
-from clusters.safe.reading import BadInput, read_bytes, read_json, record
-from orchestrator.errors import JobError
-from orchestrator.job.paths import write_text_file
+from clusters.safe import cache
+from clusters.safe.reading import BadInput, read_bytes
 from strategies.model import architecture
 from strategies.model.architecture import Architecture, LoadReport
 
@@ -49,21 +46,14 @@ def entry_of(folder: Path, stored: Mapping[str, Any]) -> Path | None:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
-    return cache_folder("architectures", f"{digest.hexdigest()}.json")
+    return cache.cache_folder("architectures", f"{digest.hexdigest()}.json")
 
 
 def recall(entry: Path) -> Findings | None:
-    """The answer that was kept; None where there is none or it is damaged."""
-    try:
-        return record(Findings, read_json(entry, _MAX_BYTES), str(entry)) if entry.is_file() else None
-    except (BadInput, OSError):
-        return None
+    """The answer that was kept; None where there is none."""
+    return cache.recall(Findings, entry, _MAX_BYTES)
 
 
 def keep(entry: Path, answer: Findings) -> None:
-    """Keep an answer for the next process; a cache that cannot be written is none."""
-    with contextlib.suppress(JobError, OSError):
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        write_text_file(entry, json.dumps(asdict(answer)), "the cache")
-        for old in sorted(entry.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
-            old.unlink()
+    """Keep an answer for the next process."""
+    cache.keep(entry, answer, _KEPT)

@@ -58,7 +58,7 @@ def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankH
     with were changed.
     """
     with contextlib.ExitStack() as stack:
-        return complete(_hold_started(stack, run, watcher, job, bank), watcher, bank)
+        return complete(_hold_started(stack, run, watcher, job), watcher, bank)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,10 @@ def hold(
                 stack.enter_context(attempt.pop_all())
                 return HeldRun(run, job, ready.plan)
         known = run  # another process was faster
-    return _hold_started(stack, known, watcher, job, bank)
+    return _hold_started(stack, known, watcher, job)
 
 
-def _hold_started(
-    stack: contextlib.ExitStack, run: RunFolder, watcher: Watcher, job: Job | None, bank: BankHooks
-) -> HeldRun:
+def _hold_started(stack: contextlib.ExitStack, run: RunFolder, watcher: Watcher, job: Job | None) -> HeldRun:
     """Hold a run that has begun; as `resume`."""
     stack.enter_context(run.lock())
     run.restore(watcher.say)
@@ -104,17 +102,15 @@ def _hold_started(
         watcher.say(f"{key} was changed since the run began; it is used as it is now")
     if is_handed_back(run, watcher.say):
         return HeldRun(run, job, None)
-    files = verified_files(run, job, watcher.say)
-    held = HeldRun(run, job, run.plan())
-    whole = replace(held, plan=with_part_of_cpu(held, 1, bank))
-    keep_plan(held, whole, 1)
-    watcher.planned(run, job, whole.plan or run.plan(), files.statistics or {})
-    return whole
+    files, plan = verified_files(run, job, watcher.say), run.plan()
+    watcher.planned(run, job, plan, files.statistics or {})
+    return HeldRun(run, job, plan)
 
 
 def leaves_workers_open(job: Job, plan: Plan) -> bool:
     """Whether a job leaves it to the planner how many workers its CPU has, with how many threads."""
-    is_open = job.spec.cluster.num_workers == job.spec.train.threads == "auto"
+    cluster = job.spec.cluster
+    is_open = cluster.address == "local" and cluster.num_workers == job.spec.train.threads == "auto"
     return is_open and plan.nodes[0].torch_device == "cpu" and plan.num_workers == 1
 
 
@@ -140,20 +136,26 @@ def with_part_of_cpu(held: HeldRun, num_workers: int, bank: BankHooks) -> Plan:
     return replace(again, phases=again.phases.with_preparation(held.plan.phases.preparation_s))
 
 
-def keep_plan(before: HeldRun, held: HeldRun, num_workers: int) -> None:
-    """Write a run's plan for one of so many workers side by side, where it is another one than before."""
-    if held.plan is not None and held.plan is not before.plan:
-        held.run.keep("plan.json", held.plan.to_json())
-        cores = f"{held.plan.threads_per_worker} of {node_of(held).num_cores} cores"
-        held.run.record(Note(f"planned again for {cores}; workers side by side: {num_workers}"))
+def keep_plan(before: HeldRun, held: HeldRun, num_workers: int) -> str | None:
+    """Write a run's plan for one of so many workers side by side, and say so; None where it is the one of before."""
+    if held.plan is None or held.plan is before.plan:
+        return None
+    held.run.keep("plan.json", held.plan.to_json())
+    cores = f"{held.plan.threads_per_worker} of {node_of(held).num_cores} cores"
+    text = f"planned again for {cores}; workers side by side: {num_workers}"
+    held.run.record(Note(text))
+    return text
 
 
 def complete(held: HeldRun, watcher: Watcher, bank: BankHooks = NO_BANK) -> RunFolder:
-    """Do what is left of a run."""
+    """Do what is left of a run; one that was planned beside others has all cores again."""
     if held.plan is None:
         finish.finish(held.run, held.job, watcher.event, bank)
-    else:
-        execute(held.run, held.job, held.plan, held.run.capability(), watcher, bank)
+        return held.run
+    plan = with_part_of_cpu(held, 1, bank)
+    if said := keep_plan(held, replace(held, plan=plan), 1):
+        watcher.say(said)
+    execute(held.run, held.job, plan, held.run.capability(), watcher, bank)
     return held.run
 
 

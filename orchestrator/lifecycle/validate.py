@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +29,44 @@ from strategies.model.targets import architecture_of_shape
 _ROWS = 1000  # of each data key that are checked, without --exact
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What is known of the model here; no folder where it is not on this machine."""
+
+    folder: Path | None = None
+    max_length: int | None = None
+    vocab_size: int = 0
+    notices: tuple[str, ...] = ()
+
+
 def check(job: Job, exact: bool = False) -> dict[str, Any]:
     """Formats by path, counts, notices, and which checks could not run here; `exact` looks at every row.
 
     Raises JobError with every mistake found.  Nothing is downloaded and no weight is read.
     """
     notices = list(job.notices)
-    folder, max_length, found = None, None, None
-    entry: Path | None = None
+    model, entry, found = _Model(), None, None
     most_rows = None if exact else _ROWS
     mistakes = _mistakes_in_paths(job)
     data_is_there = not mistakes
     with _collect(mistakes):
         stated_space(job.spec)
     with _collect(mistakes):
-        folder, max_length, found_notices = _check_model(job)
-        notices += found_notices
-        if folder and data_is_there and can_render():
-            entry = survey_cache.entry_of(job, folder, max_length, most_rows)
-            found = survey_cache.recall(entry) if entry else None
-        if folder and found is None:
-            check_tokens(folder, workload.trainable_shape(model_files.read_config(folder)).vocab_size)
-    unchecked = _unchecked(job, folder)
+        model = _check_model(job)
+        notices += model.notices
+    if model.folder and not mistakes and can_render():
+        entry = survey_cache.entry_of(job, model.folder, model.max_length, most_rows)
+        found = survey_cache.recall(entry) if entry else None
+    if model.folder and found is None:
+        with _collect(mistakes):
+            check_tokens(model.folder, model.vocab_size)
+    unchecked = _unchecked(job, model.folder)
     if data_is_there:
         with _collect(mistakes):
-            if found is None or mistakes:
-                folder, entry = (None, None) if mistakes or not can_render() else (folder, entry)
-                found = _survey_rows(job, folder, max_length, most_rows)
-                if entry:
-                    survey_cache.keep(entry, found)
+            is_rendered = not mistakes and can_render()
+            found = found or _survey_rows(job, model.folder if is_rendered else None, model.max_length, most_rows)
+            if entry and is_rendered:
+                survey_cache.keep(entry, found)
             mistakes += found.mistakes
     if mistakes or found is None:
         raise JobError(mistakes)
@@ -139,8 +149,8 @@ def _mistakes_in_paths(job: Job) -> list[str]:
     return mistakes
 
 
-def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
-    """The model's folder and the longest sample where it is on this machine, and notices.  Raises JobError."""
+def _check_model(job: Job) -> _Model:
+    """The model, its files checked where it is on this machine.  Raises JobError."""
     spec = job.spec
     num_workers, _ = planner.resolve_workers(spec, look_at_this_node())
     workload.check_batch(spec, num_workers if spec.cluster.address == "local" else None)
@@ -152,10 +162,10 @@ def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
         hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)
         if near := hub.find_similar(spec.model.model_name_or_path):
             notices.append(f"the hub's cache here holds {printable(near)}, whose name is spelt almost like this one")
-        return None, None, notices
+        return _Model(notices=tuple(notices))
     config = model_files.read_config(folder)
     shape = workload.trainable_shape(config)
     max_length, _ = planner.resolve_max_length(spec, config)
     model_check.check_targets(spec.methods(), architecture_of_shape(shape))
     notices += model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
-    return folder, max_length, notices
+    return _Model(folder, max_length, shape.vocab_size, tuple(notices))

@@ -35,10 +35,10 @@ from orchestrator.search.together import SharedTrials
 from orchestrator.training.workers.gpu_locks import hold_one_each
 from strategies.step import host_memory
 
-_POINTS_LOOKED_AT = 200  # whether they fit a part of a machine
-
 if TYPE_CHECKING:  # it loads Ray Tune, which waits for the first trial
     from orchestrator.search.tuning import Slots
+
+_POINTS_LOOKED_AT = 200  # whether they fit a part of a machine
 
 
 def search(
