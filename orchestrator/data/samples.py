@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import contextlib
+import gc
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,18 +135,32 @@ def tokenise(
     A broken row goes to `reject` with the reason.  Rows are read two batches ahead: one is tokenised while the next one
     is rendered.  Raises JobError where no row can be rendered.
     """
-    for batch, results in _rendered(_batches(rows, options, counts.formats), renderer):
-        rendered = iter(results)
-        for one in batch:
-            counts.statistics.rows += 1
-            made = [next(rendered) for _ in one.examples]
-            try:
-                samples = _samples_of(one, made, renderer, options, counts)
-            except BadRow as reason:
-                counts.reject(one.row, reason)
-                reject(one.row, reason)
-            else:
-                yield one.row, samples
+    with _garbage_among_new_objects():
+        for batch, results in _rendered(_batches(rows, options, counts.formats), renderer):
+            rendered = iter(results)
+            for one in batch:
+                counts.statistics.rows += 1
+                made = [next(rendered) for _ in one.examples]
+                try:
+                    samples = _samples_of(one, made, renderer, options, counts)
+                except BadRow as reason:
+                    counts.reject(one.row, reason)
+                    reject(one.row, reason)
+                else:
+                    yield one.row, samples
+
+
+@contextlib.contextmanager
+def _garbage_among_new_objects() -> Iterator[None]:
+    """Python looks for garbage among what is made from now on alone.
+
+    The libraries' 400,000 objects, none of them garbage, were looked through again and again: a tenth of the time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)
@@ -331,6 +347,7 @@ def _document_sample(pieces: Sequence[Tokens], learns_prompts: bool) -> dict[str
     ids = [token for piece in pieces for token in piece.input_ids]
     joined = Tokens(ids, [one for mask in masks for one in mask], first.prompt_length)
     return _sample(joined, joined) | {
+        "input_ids": ids,
         "answer": [one for piece in pieces for one in piece.supervised],
         "document_lengths": [len(piece.input_ids) for piece in pieces],
         "document_supervised": [sum(mask) for mask in masks],
@@ -345,13 +362,13 @@ def _of_row(read: _ReadRow) -> dict[str, Any]:
 
 
 def _sample(tokens: Tokens, piece: Tokens) -> dict[str, Any]:
-    ids = piece.input_ids
+    ids = array.array("i", piece.input_ids)  # the numbers themselves: laid end to end later they are copied as bytes
     return {
         "input_ids": ids,
         "supervised": piece.supervised,
         "num_supervised": piece.supervised.count(True),
         "fingerprint": int.from_bytes(
-            hashlib.blake2b(array.array("i", ids).tobytes(), digest_size=8).digest(), "little", signed=True
+            hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True
         ),
         "prompt_length": piece.prompt_length,
         "reference": tokens.answer if len(ids) == len(tokens.input_ids) else None,

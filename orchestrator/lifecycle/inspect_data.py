@@ -118,8 +118,8 @@ def _shown(tokenizer: Any, sample: dict[str, Any]) -> dict[str, Any]:
     """A sample with its text; the text of a pair is that of its chosen document, and the other one stands beside it."""
     ids, mask = sample["input_ids"], sample["supervised"]
     size = sample["document_lengths"][0] if "document_lengths" in sample else len(ids)
-    text = {"text": _pieces(tokenizer, ids[:size], mask[:size])}
-    return {**sample, **text, **({"rejected": _pieces(tokenizer, ids[size:], mask[size:])} if size < len(ids) else {})}
+    shown = {**sample, "input_ids": list(ids), "text": _pieces(tokenizer, ids[:size], mask[:size])}
+    return shown if size == len(ids) else {**shown, "rejected": _pieces(tokenizer, ids[size:], mask[size:])}
 
 
 def _pieces(tokenizer: Any, input_ids: list[int], mask: list[bool]) -> list[tuple[str, bool]]:
