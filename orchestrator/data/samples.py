@@ -152,15 +152,14 @@ def tokenise(
 
 @contextlib.contextmanager
 def _garbage_among_new_objects() -> Iterator[None]:
-    """Python looks for garbage among what is made from now on alone.
-
-    The libraries' 400,000 objects, none of them garbage, were looked through again and again: a tenth of the time.
-    """
-    gc.freeze()
+    """Leave what the libraries made, 400,000 objects, out of searches for garbage: they took a tenth of the time."""
+    if is_first := not gc.get_freeze_count():  # else somebody leaves it out for longer
+        gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if is_first:
+            gc.unfreeze()
 
 
 @dataclass(frozen=True)
