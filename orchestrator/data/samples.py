@@ -366,9 +366,7 @@ def _sample(tokens: Tokens, piece: Tokens) -> dict[str, Any]:
         "input_ids": ids,
         "supervised": piece.supervised,
         "num_supervised": piece.supervised.count(True),
-        "fingerprint": int.from_bytes(
-            hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True
-        ),
+        "fingerprint": int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little", signed=True),
         "prompt_length": piece.prompt_length,
         "reference": tokens.answer if len(ids) == len(tokens.input_ids) else None,
     }

@@ -23,8 +23,14 @@ Range = Uniform | LogUniform | RandInt
 _ROWS = (1, 2, 4, 8, 16, 32)
 _MOST_POINTS = 20000
 # Keys that change what is compared: every trial sees the same samples in the same steps.
-_FIXED = ("data.train", "data.eval", "data.format", "train.seed", "train.global_batch_size", "train.num_train_epochs")
-_FIXED_SECTIONS = ("search", "cluster", "checkpoint", "tracking", "cost", "goal", "objective")
+_FIXED = ("train.seed", "train.global_batch_size", "train.num_train_epochs", "train.max_steps")
+_FIXED_SECTIONS = ("search", "cluster", "checkpoint", "tracking", "cost", "goal", "objective", "eval")
+# What trials follow of these sections: the model and its samples are prepared once, and each has one device.
+_FOLLOWED = {
+    "model": ("dtype", "attn_implementation"),
+    "data": ("max_length", "packing", "packing_strategy", "share_prefixes"),
+    "strategy": ("mode", "pipeline", "offload", "deepspeed", "nvme_path", "memory_safety"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,16 +86,24 @@ def _distinct(values: list[Any]) -> tuple[Any, ...]:
     return tuple({json.dumps(value, sort_keys=True, default=str): value for value in reversed(values)}.values())[::-1]
 
 
-def _check(spec: JobSpec, key: str, values: Choices) -> None:
-    section, dot, _ = key.partition(".")
+def check_key(key: str) -> None:
+    """Raises JobError for a key that cannot differ between trials."""
+    section, dot, name = key.partition(".")
     if not dot:
         raise JobError(f"{key}: write it with its section, e.g. train.learning_rate")
-    if key in _FIXED or section in _FIXED_SECTIONS:
+    if key in _FIXED or section in _FIXED_SECTIONS or name not in _FOLLOWED.get(section, (name,)):
         raise JobError(f"{key}: it must be the same in every trial, or trials could not be compared")
+
+
+def _check(spec: JobSpec, key: str, values: Choices) -> None:
+    check_key(key)
+    section = key.partition(".")[0]
     if isinstance(values, list):
         tried = values
     else:
         low, high = next(iter(values.model_dump().values()))
+        if section == "data":  # samples are prepared before the first trial
+            raise JobError(f"{key}: list its values, each is prepared before the first trial")
         if not low < high:
             raise JobError(f"{key}: its range is empty, {low} is not below {high}")
         tried = [low, high]

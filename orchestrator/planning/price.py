@@ -53,6 +53,14 @@ def priced(spec: JobSpec, cluster: ClusterCapability) -> ClusterCapability:
     return replace(cluster, nodes=tuple(map(one, cluster.nodes)))
 
 
+def prices_every_plan(spec: JobSpec, cluster: ClusterCapability) -> bool:
+    """Whether a plan has a price whichever of the machines it takes: all have an hourly one, or all draws are known."""
+    nodes = priced(spec, cluster).nodes
+    own = [node for node in nodes if node.price_per_hour is None]
+    draws = [_watts(spec, node, [device]) for node in own for device in node.devices]
+    return all(_per_hour(spec, node) is not None for node in nodes) or None not in draws
+
+
 def price_of(spec: JobSpec, candidate: Candidate, total_s: float) -> Price:
     """Hours x (rent or write-off) and watt-hours x tariff, over the nodes that take part.
 

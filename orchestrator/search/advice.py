@@ -130,9 +130,12 @@ class Planning:
         """
         alone = {
             "train.max_steps": self.spec.search.trial_steps,
+            "train.gradient_accumulation_steps": "auto",  # stated, it may be of several workers
             "strategy.mode": "single",
             "cluster.num_workers": 1,
             "eval.eval_steps": None,
+            "eval.early_stopping_patience": None,
+            "checkpoint.load_best_model_at_end": "auto",
         }
         part = node if node.gpus else node.part_of_cpu(num_workers or self.workers_on(node)[0])
         cluster = replace(self.capability, nodes=(replace(part, num_slots=1),))
@@ -181,10 +184,11 @@ class Planning:
 
     def _plan(self, spec: JobSpec, cluster: ClusterCapability, sizes: Sizes) -> Plan:
         max_length, _ = planner.resolve_max_length(spec, self.config)
-        key = (id(sizes), max_length, spec.train.max_steps)
+        train, slots = spec.train, len(planner.slots_of(spec, cluster))
+        parts = train.per_device_train_batch_size, train.gradient_accumulation_steps, slots
+        key = (id(sizes), max_length, train.max_steps, train.max_grad_norm > 0, spec.strategy.mode, parts)
         if key not in self._works:
             cut = sizes.cut(max_length)
-            slots = len(planner.slots_of(spec, cluster))
             self._works[key] = workload.describe(
                 spec, self.shape, list(cut.lengths), cut.num_supervised, slots, cut.tree_ratio
             )[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from orchestrator.errors import JobError, NothingFits, RunFailed
 from orchestrator.job.job_file import Job, value_of
 from orchestrator.job.space import Point, Space, canonical
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.price import prices_every_plan
 from orchestrator.runs.events import Note
 from orchestrator.runs.search_folder import Samples, SearchFolder, Trial
 from orchestrator.search.advice import Forecast, Planning, by_kind
@@ -70,7 +72,7 @@ class Session:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        self.sampler = _sampler(self.planning, self.space, self.advised)
+        self.sampler = sampler_of(self.planning, self.space, self.advised)
         self.done = self.folder.trials()
         self.next_number = max((trial.number for trial in self.done), default=0) + 1
         self.began = time.monotonic()
@@ -176,9 +178,18 @@ class Session:
 
     @property
     def node_hours(self) -> float:
-        """Of all trials so far; of those side by side on one CPU each took its part of the machine."""
-        seconds = sum(t.seconds for t in self.done) + sum(drawn.seconds for drawn in self.running.values())
-        return seconds / 3600 / self._num_side_by_side
+        """Of all trials so far; of those side by side on one machine each took its part of it."""
+        slots = self._slots_by_node
+        ended = sum(trial.seconds / slots[trial.node or ""] for trial in self.done)
+        mean = sum(slots[node.name] for node in self.nodes) / len(
+            self.nodes
+        )  # where Tune runs a trial it says at its end
+        return (ended + sum(drawn.seconds for drawn in self.running.values()) / mean) / 3600
+
+    @cached_property
+    def _slots_by_node(self) -> Mapping[str, int]:
+        """Trials at a time on each machine."""
+        return defaultdict(lambda: 1, Counter(slot.node.name for slot in self.planning.slots(self.nodes)))
 
     @cached_property
     def _num_side_by_side(self) -> int:
@@ -218,8 +229,8 @@ class Session:
         if outcome is None:
             self.sampler.tell(trial.point, None)
             return
-        priced = [] if outcome.cost is None else [outcome.cost]
-        self.sampler.tell(trial.point, [*outcome.costs, *priced])
+        is_priced = "cost" in self.sampler.objectives and outcome.cost is not None
+        self.sampler.tell(trial.point, [*outcome.costs, *([outcome.cost] if is_priced else [])])
         assert trial.step_s and trial.tensors_bytes and trial.predicted_tensors_bytes
         self.sampler.learn(
             trial.point,
@@ -246,11 +257,12 @@ class Session:
         return ", ".join([*parts, f"about {seconds:.0f} s to go"])
 
 
-def _sampler(planning: Planning, space: Space, advised: Forecast | None) -> Sampler | None:
+def sampler_of(planning: Planning, space: Space, advised: Forecast | None) -> Sampler | None:
+    """What names the points to try; None where there is nothing to choose.  It judges costs where all have one."""
     spec = planning.spec
     if not space.choices and not space.ranges:
         return None
-    is_priced = all(node.purchase_price or node.price_per_hour or node.load_w for node in planning.capability.nodes)
-    objectives = ["time", "memory", "quality", *(["cost"] if is_priced or spec.cost.power_w else [])]
+    is_priced = prices_every_plan(spec, planning.capability)
+    objectives = ["time", "memory", "quality", *(["cost"] if is_priced else [])]
     kind, prefer, seed = spec.search.sampler, spec.goal.prefer, spec.train.seed
     return Sampler(space, advised, kind, prefer, objectives, partial(value_of, spec), seed)

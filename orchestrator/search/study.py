@@ -14,7 +14,7 @@ from clusters.safe.reading import BadInput, load_yaml
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import spec_with
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.space import Point, canonical
+from orchestrator.job.space import Point, canonical, check_key
 from orchestrator.job.spec import JobSpec
 
 SHIPPED = Path(__file__).parent.parent / "recipes" / "studies"
@@ -32,6 +32,8 @@ def read_study(name: str, spec: JobSpec, lengths: Sequence[int]) -> list[tuple[s
         named = _points(load_yaml(text, "it"))
         named = [(name, canonical(point)) for name, point in named]
         for _, point in named:
+            for key in point:
+                check_key(key)
             spec_with(spec, point)
     except (BadInput, JobError) as error:
         raise JobError([f"--study {name}: {mistake}" for mistake in str(error).splitlines()]) from None

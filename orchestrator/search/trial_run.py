@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusters.hardware.gpus import look_at_gpus
-from orchestrator.errors import NothingFits, OrchestratorError
+from orchestrator.errors import NothingFits, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.search_folder import SearchFolder, Trial
@@ -76,6 +76,8 @@ class TrialRun:
             done = experiment.progress.step
             target = next(rung for rung in rungs(experiment.plan.num_steps) if rung > done)
             loss = experiment.train_to(target)
+            if not math.isfinite(loss):
+                raise RunFailed(f"the held-out loss is {loss} after {target} steps: lower train.learning_rate")
             ended = target == experiment.plan.num_steps
             quality = experiment.quality() if ended and self._job.spec.search.metric != "eval_loss" else {}
         except _WHAT_TRIALS_RAISE as error:

@@ -36,6 +36,23 @@ def start_from(peft_model: Any, folder: Path) -> None:
             start, _, _ = truncate(adapter.factors(name), a_RI.shape[0])
             a_RI[: start.rank] = start.a_RI.to(a_RI)
             b_OR[:, : start.rank] = (start.b_OR / own[name].scaling["default"]).to(b_OR)
+            _renew_magnitudes(own[name])
+
+
+def _renew_magnitudes(layer: Any) -> None:
+    """Let a DoRA map begin as the sum of its frozen weights and its correction: PEFT took the norms of the first."""
+    if "default" not in layer.lora_magnitude_vector or layer.lora_A["default"].weight.is_meta:
+        return
+    dora = layer.lora_magnitude_vector["default"]
+    magnitudes = dora.weight  # the parameter stays
+    dora.update_layer(
+        base_layer=layer.base_layer,
+        lora_A=layer.lora_A["default"].weight,
+        lora_B=layer.lora_B["default"].weight,
+        scaling=layer.scaling["default"],
+    )
+    magnitudes.copy_(dora.weight)
+    dora.weight = magnitudes
 
 
 class EvaStart:

@@ -53,6 +53,10 @@ class Backlog:
     @property
     def batch(self) -> Batch:
         """The next micro-batch."""
+        return self.make_batch()
+
+    def make_batch(self) -> Batch:
+        """The next micro-batch, made once."""
         if self._batch is None or self._batch[0] != self.number:
             self._batch = self.number, self.step.take(self.micro_batches[self.number])
         return self._batch[1]
@@ -128,8 +132,9 @@ class JointRow:
         Where several jobs shared the pass, their steps begin again with fewer jobs a pass: exact, since whatever
         gradients the broken pass has left are forgotten.
         """
-        began, chosen = time.perf_counter(), self._choose()
-        error: Exception | None = None
+        began, error = time.perf_counter(), None
+        self._make_batches()
+        chosen = self._choose()
         try:
             self._compute(chosen)
         except Exception as found:  # whose it is shows when each is alone
@@ -141,10 +146,21 @@ class JointRow:
             self.backlogs.remove(one)
             one.job.turn.ready()
 
+    def _make_batches(self) -> None:
+        """The next micro-batch of each job; where it cannot be made that is the job's own error."""
+        for one in self.backlogs:
+            try:
+                one.make_batch()
+            except Exception as error:
+                one.error = error.with_traceback(None)
+
     def _choose(self) -> list[Backlog]:
-        """The next micro-batches of a pass, in the order in which the jobs joined: equal runs have equal rows."""
-        waiting = sorted(self.backlogs, key=lambda one: -one.left)
-        if not waiting[0].job.is_joined:
+        """The next micro-batches of a pass, in the order in which the jobs joined: equal runs have equal rows.
+
+        None where no job has one.
+        """
+        waiting = sorted((one for one in self.backlogs if one.error is None), key=lambda one: -one.left)
+        if not waiting or not waiting[0].job.is_joined:
             return waiting[:1]
         together = [one for one in waiting if one.job.is_joined]
         limit = self._limit or max(one.step.techniques.micro_batch_tokens for one in together)
@@ -156,6 +172,8 @@ class JointRow:
         return sorted(chosen, key=lambda one: self.backlogs.index(one))
 
     def _compute(self, chosen: Sequence[Backlog]) -> None:
+        if not chosen:
+            return
         first = chosen[0]
         for one in chosen:
             one.begin()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from strategies.shape import ModelShape
 
 _APART = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Whose configuration must have a hidden size that is a multiple of the number of heads, whatever their width.
+_DIVIDED = {"llama", "gemma2", "gemma3_text"}
 _PROTECTED = 0.1  # of the layers, the first ones, and the last: dropping them costs most (arXiv 2402.02834, 2305.18403)
 
 
@@ -103,6 +105,24 @@ def why_unknown(shape: ModelShape, with_heads: bool) -> str | None:
     if with_heads and family.qk_norm == "full":
         return f"{shape.model_type} norms all heads together, so that none can leave: set method.groups: mlp"
     return None
+
+
+def why_no_config(shape: ModelShape, heads: PrunedGroups) -> str | None:
+    """Why no config.json can describe a model with the heads that remain; None where one can."""
+    shared = shape.num_heads // heads.count
+
+    def fits(kept: int) -> bool:
+        return shape.model_type not in _DIVIDED or shape.hidden_size % (kept * shared) == 0
+
+    if fits(heads.kept):
+        return None
+    nearest = sorted(filter(fits, range(1, heads.count)), key=lambda kept: abs(kept - heads.kept))
+    ratios = " or ".join(f"{1 - kept / heads.count:.3g} ({kept * shared} heads)" for kept in nearest[:2])
+    return (
+        f"{heads.kept * shared} heads would remain, of which a {shape.model_type} model's hidden size"
+        f" ({shape.hidden_size}) must be a multiple: set {f'method.ratio to {ratios}, or ' if ratios else ''}"
+        "method.groups: mlp"
+    )
 
 
 def smaller_shape(shape: ModelShape, groups: Iterable[PrunedGroups]) -> ModelShape:

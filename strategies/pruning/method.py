@@ -20,6 +20,7 @@ from strategies.pruning.groups import (
     heads_of,
     layers_of,
     smaller_shape,
+    why_no_config,
     why_unknown,
 )
 from strategies.pruning.schedule import SparsitySchedule
@@ -127,6 +128,8 @@ class PrunedLora(PredictedMethod):
                     f"method.ratio {self.ratio:g} of {one.count} key-value groups removes none of them: raise it, or"
                     " set groups: mlp"
                 )
+            if one.name == "heads" and (why := why_no_config(shape, one)):
+                return why
             if not one.removed:
                 return f"method.ratio {self.ratio:g} of {one.count} layers removes none of them: raise it"
             if one.removed > one.count - len(one.protected):

@@ -138,7 +138,8 @@ def test_a_search_runs_one_trial_on_each_machine_at_a_time(cluster, place):
 @pytest.mark.slow
 def test_trials_of_one_layout_share_a_base_model_on_each_machine(cluster, place):
     space = "{method.lora_r: [2, 8], train.learning_rate: [1.0e-3, 1.0e-2]}"
-    layout = ("model.dtype=float32", "data.packing=true", "train.per_device_train_batch_size=4")
+    rows = ("train.per_device_train_batch_size=4", "train.global_batch_size=5")  # a row holds two steps, not three
+    layout = ("model.dtype=float32", "data.packing=true", *rows)
     options = (*layout, f"search.space={space}", "search.trial_steps=4", "search.scheduler=none")
     told = search(place, "--trials", "4", *[part for option in options for part in ("-s", option)])
 

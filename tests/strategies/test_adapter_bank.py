@@ -251,6 +251,25 @@ def test_layers_below_all_adapters_run_once_and_change_nothing(tmp_path, archite
     assert not torch.equal(answers(adapters[0])[0], once[0])
 
 
+def test_dora_begins_as_the_adapter_too(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, ids = a_model("llama"), torch.arange(12).view(2, 6)
+    model.save_pretrained(tmp_path / "base")
+    name = "model.layers.1.self_attn.q_proj"
+    adapter = an_adapter(tmp_path / "made", 0, maps={name: (16, 16)})
+    fits_base(adapter, tmp_path / "base")
+    with corrected(model, {name: adapter.factors(name)}), torch.no_grad():
+        expected = model(input_ids=ids).logits
+
+    started = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], use_dora=True))
+    before = {name for name, one in started.named_parameters() if one.requires_grad}
+    start_from(started, tmp_path / "made")
+
+    torch.testing.assert_close(started(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert {name for name, one in started.named_parameters() if one.requires_grad} == before
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_training_goes_on_where_an_adapter_is(tmp_path, architecture):
     from peft import LoraConfig, get_peft_model

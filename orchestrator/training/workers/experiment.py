@@ -89,7 +89,7 @@ class Experiment:
         training = Training(
             self._setup,
             self._data,
-            None,
+            self._held_out,  # its plan evaluates at no step, but a method may look at them
             self._order,
             self._schedule,
             self._techniques,

@@ -48,13 +48,15 @@ def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: T
     """What is known before the model is evaluated (runs/json_files.py: RunResult)."""
     progress, plan = outcome.progress, context.plan
     memory = context.seat.memory if context.seat else context.part.memory
-    steps = [event.seconds for _, event in sorted(run.steps().items())]
+    recorded = sorted(run.steps().items())
+    steps = [event.seconds for _, event in recorded]
+    before = sum(event.seconds for step, event in recorded if step <= outcome.first_step)  # of earlier sittings
     return {
         "steps": progress.step,
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
         "computed_tokens": progress.computed_tokens if progress.computed_tokens < progress.tokens else None,
-        "train_seconds": round(outcome.seconds, 2),
+        "train_seconds": round(before + outcome.seconds, 2),
         "stopped_early": progress.stopped == "early",
         "best_checkpoint": progress.best_checkpoint,
         "before": progress.before,

@@ -3,16 +3,21 @@
 import json
 import random
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
-from orchestrator.job.space import key_of
+from orchestrator.job.job_file import Job
+from orchestrator.job.space import Space, key_of
 from orchestrator.lifecycle.calibration import calibrated
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import advise
 from orchestrator.search.recommend import front, outcome_of, outcomes, recommend
 from orchestrator.search.sampler import Corrections, Sampler
+from orchestrator.search.session import Session, sampler_of
+from tests.orchestrator.planning.machines import SMALL, machine
 from tests.orchestrator.search.test_before_trials import planning, space_for
 
 TEXT = (
@@ -101,6 +106,45 @@ def test_ranges_get_new_numbers_and_begin_with_the_jobs_own():
 
     assert rates[0] == 2e-4
     assert len(set(rates)) == 5 and all(1e-5 <= rate <= 1e-2 for rate in rates)
+
+
+def priced(name, **values):
+    return replace(machine(name, "RTX 3060"), **values)
+
+
+def drawing(name, watts):
+    node = machine(name, "RTX 3060")
+    return replace(node, devices=tuple(replace(one, power_w=watts) for one in node.devices))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "is_priced"),
+    [
+        ([machine("pc", "RTX 3060")], False),
+        ([drawing("pc", 170.0)], True),  # a card that states its draw is enough
+        ([priced("a", purchase_price=900.0), priced("b", load_w=300.0)], False),  # together nothing is known
+        ([priced("a", price_per_hour=1.0), priced("b", load_w=300.0)], True),
+    ],
+)
+def test_cost_is_judged_where_every_plan_has_one(nodes, is_priced):
+    spec, space = space_for(TEXT, *nodes)
+    plans = planning(spec, SMALL, *nodes)
+    advised = advise(plans, space)
+
+    assert ("cost" in sampler_of(plans, space, advised).objectives) == is_priced
+    costs = [advice.plan.price.total for advice in advised.worth]
+    assert not is_priced or None not in costs
+
+
+def test_hours_of_trials_side_by_side_are_those_of_the_machine():
+    node = machine("pc", *["RTX 3060"] * 4)
+    spec, _ = space_for(TEXT, node)
+    ended = [Trial(number, {"a": number}, "stopped", seconds=3600.0, node="pc") for number in (1, 2, 3, 4)]
+    folder = SimpleNamespace(trials=lambda: ended)
+
+    session = Session(folder, Job(spec, Path(), ""), planning(spec, SMALL, node), Space({}), [node], None, None, [])
+
+    assert session.node_hours == pytest.approx(1.0)
 
 
 def test_a_trial_is_scaled_to_the_real_job():

@@ -65,6 +65,11 @@ def test_a_rank_is_a_knob_of_methods_that_have_one():
         ("{train.seed: [1, 2]}", "must be the same in every trial"),
         ("{cluster.address: [a]}", "must be the same in every trial"),
         ("{objective.type: [dpo, ipo]}", "must be the same in every trial"),
+        ("{model.model_name_or_path: [a, b]}", "must be the same in every trial"),
+        ("{data.completion_only_loss: [true, false]}", "must be the same in every trial"),
+        ("{strategy.local_steps: [2, 8]}", "must be the same in every trial"),
+        ("{eval.temperature: [0.0, 1.0]}", "must be the same in every trial"),
+        ("{data.max_length: {randint: [64, 512]}}", "list its values"),
         ("{method.lora_r: [0]}", "it should be greater than or equal to 1"),
         ("{model.dtype: [int4]}", "it should be"),
     ],
@@ -135,6 +140,26 @@ def test_a_trial_is_planned_on_one_device_with_the_real_batch():
     assert (plan.num_steps, plan.global_batch_size) == (spec.search.trial_steps, 16)
 
 
+def test_a_trial_of_a_job_that_keeps_its_best_weights_or_stops_early_is_planned_without():
+    node = machine("pc", "RTX 3060")
+    spec = spec_of("eval: {early_stopping_patience: 2}\ncheckpoint: {load_best_model_at_end: true}\n")
+
+    plan = planning(spec, SMALL, node).trial({}, node)
+
+    assert plan.eval_steps is None and not plan.load_best_model_at_end
+
+
+def test_rows_and_accumulation_make_the_batch_in_every_point():
+    node = machine("two", "RTX 3060", "RTX 3060")
+    rows, steps = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
+    spec, space = space_for(f"search: {{space: {{{rows}: [4, 8, 16], {steps}: [1, 2, 3, 4]}}}}\n", node)
+    advised = advise(planning(spec, SMALL, node), space)
+
+    found = {(one.point[rows], one.point[steps]) for one in [*advised.worth, *advised.dominated]}
+    assert found and all(16 % (one * several) == 0 for one, several in found)
+    assert all(planning(spec, SMALL, node).trial(one.point, node).global_batch_size == 16 for one in advised.worth)
+
+
 def test_a_trial_has_a_plan_for_whichever_kind_of_card_it_is_given():
     node = machine("two", "RTX 3060 12GB", "RTX 3090")
     spec, space = space_for("", node)
@@ -175,6 +200,9 @@ def test_a_study_with_a_wrong_key_is_refused(tmp_path):
         read_study(str(tmp_path / "mine.yaml"), spec_of(), [])
     with pytest.raises(JobError, match="no such study"):
         read_study("defualt", spec_of(), [])
+    (tmp_path / "mine.yaml").write_text("baseline: {model.model_name_or_path: x}\n")
+    with pytest.raises(JobError, match="must be the same in every trial"):
+        read_study(str(tmp_path / "mine.yaml"), spec_of(), [])
 
 
 def test_another_method_keeps_the_knobs_both_have_in_spec_and_text():

@@ -82,6 +82,24 @@ def test_a_trial_that_diverges_fails_and_the_others_are_as_alone(search_with, ea
     assert_as_alone(folder, each_alone, [trial.key for trial in others])
 
 
+@pytest.mark.parametrize("share_base", ["auto", "never"])
+def test_a_trial_whose_held_out_loss_is_no_number_fails_and_the_others_count(search_with, share_base):
+    """Its last update broke the weights: the loss of the step before it was finite."""
+    rates = "search.space={train.learning_rate: [1.0e+30, 1.0e-3], method.lora_r: [8]}"
+    folder, _ = search_with(rates, "search.trial_steps=1", f"search.share_base={share_base}")
+
+    (failed,) = [trial for trial in folder.trials() if trial.status == "failed"]
+    assert failed.point["train.learning_rate"] == 1e30 and "held-out loss is nan after 1 steps" in failed.reason
+    assert folder.summary().recommended.point["train.learning_rate"] == 1e-3
+
+
+def test_a_memory_s_surprising_rows_are_tried_as_they_are_trained(search_with):
+    method = "method={type: experimental_memory, memory_rows: 256, updated_rows: 20}"
+    folder, _ = search_with(method, "search.space={method.slots: [all, surprising]}", "search.trial_steps=2")
+
+    assert [(trial.status, trial.reason) for trial in folder.trials()] == [("finished", None)] * 2
+
+
 def test_a_search_that_was_stopped_resumes_with_the_trials_that_are_left(
     search_with, resumed, search_place, each_alone
 ):

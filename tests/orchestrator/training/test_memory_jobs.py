@@ -137,6 +137,8 @@ def test_a_job_is_planned_trained_handed_back_and_resumed_bit_by_bit(file, optio
     assert steps_of(resumed) == steps_of(run) and len(steps_of(run)) == 8
     one, other = (folder.path / "adapter/adapter_model.safetensors" for folder in (run, resumed))
     assert one.read_bytes() == other.read_bytes()
+    for of_run in (run, resumed):  # of both sittings, as its tokens are
+        assert of_run.result().train_seconds >= sum(step.seconds for step in of_run.steps().values()) - 0.01
 
 
 def test_surprising_rows_are_chosen_beside_what_the_held_out_rows_read(file):

@@ -1,13 +1,23 @@
 """What is removed, and when: counts and schedules that a person can check, and what is refused before the start."""
 
+import contextlib
 import dataclasses
 
 import pytest
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.export import Export
+from strategies.families import FAMILIES
 from strategies.methods.lora import Lora
-from strategies.pruning.groups import channels_of, heads_of, kept_of, layers_of, smaller_shape
+from strategies.pruning.groups import (
+    channels_of,
+    heads_of,
+    kept_of,
+    layers_of,
+    smaller_shape,
+    why_no_config,
+    why_unknown,
+)
 from strategies.pruning.method import PrunedLora
 from strategies.pruning.schedule import SparsitySchedule
 from strategies.shape import ModelShape
@@ -85,6 +95,36 @@ def test_a_run_without_steps_moves_nothing():
     schedule = SparsitySchedule.of_run(0, 0.1, 0.5, 10)
 
     assert schedule.end == 0 and not any(schedule.moves(done) for done in range(20))
+
+
+ONE_B = ModelShape(2048, 16, 32, 8, 64, 8192, 128256, True)  # as Llama-3.2-1B
+
+
+def test_heads_that_no_configuration_can_describe_are_refused_with_what_can_be():
+    method = PrunedLora(groups="mlp+attention", ratio=0.3)
+
+    assert "24 heads would remain, of which a llama model's hidden size (2048) must be a multiple" in str(
+        method.refuses(PLAIN, ONE_B)
+    )
+    assert "set method.ratio to 0.5 (16 heads)" in str(method.refuses(PLAIN, ONE_B))
+    assert PrunedLora(groups="mlp+attention", ratio=0.5).refuses(PLAIN, ONE_B) is None
+    assert method.refuses(PLAIN, dataclasses.replace(ONE_B, model_type="mistral")) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name, one in FAMILIES.items() if why_unknown(dataclasses.replace(TINY, model_type=name), True) is None],
+)
+def test_which_families_divide_their_hidden_size_is_what_transformers_checks(name):
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    shape = dataclasses.replace(TINY, model_type=name, num_heads=8, num_kv_heads=4, head_dim=8)
+    made = contextlib.nullcontext()
+    if why_no_config(shape, dataclasses.replace(heads_of(shape, 0.25), kept=3)):
+        made = pytest.raises(Exception, match="not a multiple of the number of attention heads")
+    with made:
+        AutoConfig.for_model(name, num_hidden_layers=2, intermediate_size=64, vocab_size=64, **sizes)
 
 
 PHI = dataclasses.replace(TINY, model_type="phi")

@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from orchestrator.errors import Diverged
+from orchestrator.training.feed import Feed
 from strategies import METHODS
 from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointRow
@@ -225,6 +226,25 @@ def test_memory_that_runs_out_in_a_shared_pass_only_makes_passes_smaller(model_f
 
     assert len(rows[2]) == 3 and rows[3] == ["failed"] and "no memory for three" in found["notes"][0]
     for job in MIXED[:3]:
+        assert farthest(found[job.name], whole[job.name]) <= 1e-5
+
+
+def test_memory_that_runs_out_while_a_batch_is_made_is_felt_by_its_own_job(
+    monkeypatch, model_folder, data_folder, whole
+):
+    taken, take = [], Feed.take
+
+    def fail_once(feed, sample_ids):
+        taken.append(sample_ids)
+        if len(taken) == 4:
+            raise MemoryError("no memory for the batch")
+        return take(feed, sample_ids)
+
+    monkeypatch.setattr(Feed, "take", fail_once)
+    found = together(load(model_folder), data_folder, MIXED[:2])
+
+    assert len(taken) > 4
+    for job in MIXED[:2]:
         assert farthest(found[job.name], whole[job.name]) <= 1e-5
 
 
