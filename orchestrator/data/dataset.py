@@ -52,7 +52,7 @@ _DOCUMENTS = pyarrow.schema(  # of samples of whole documents, end to end
     ]
 )
 _ROWS_A_BATCH = 1000
-_VERSION = 5  # raise it when the same inputs would give other tokens
+_VERSION = 6  # raise it when the same inputs would give other tokens
 
 
 class DamagedCache(RunFailed):
@@ -226,11 +226,21 @@ class Dataset:
         return subset
 
     def split(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-        """(kept, held out) by a permutation of `seed`; at least one sample on each side."""
-        if len(self) < 2:
+        """(kept, held out) by a permutation of `seed`, all samples of a row on one side; neither is empty."""
+        rows_N = self._row_numbers
+        if not len(rows_N) or rows_N[-1] == rows_N[0]:
             raise JobError("data.eval.split: one row cannot be split; give data.eval a file of its own")
-        kept, held = split_rows(len(self), fraction, seed)
+        kept, held = split_samples(rows_N, fraction, seed)
         return self.select(kept), self.select(held)
+
+    @cached_property
+    def _row_numbers(self) -> numpy.ndarray:
+        """Of each sample the number of its row (N,), from 0: samples of one row follow each other."""
+        sources = self._table["source"].combine_chunks()
+        if len(sources) < 2:
+            return numpy.zeros(len(self), numpy.int64)
+        differs = pyarrow.compute.call_function("not_equal", [sources.slice(1), sources.slice(0, len(sources) - 1)])
+        return numpy.concatenate([[0], numpy.cumsum(differs.to_numpy(zero_copy_only=False))])[self._rows]
 
     def overlap(self, other: Dataset) -> int:
         """How many samples of `other` occur here too, token by token."""
@@ -278,6 +288,14 @@ def split_rows(count: int, fraction: float, seed: int) -> tuple[list[int], list[
     num_held = min(max(1, round(count * fraction)), count - 1)
     shuffled = numpy.random.Generator(numpy.random.Philox(key=[seed, 2**32])).permutation(count)
     return numpy.sort(shuffled[num_held:]).tolist(), numpy.sort(shuffled[:num_held]).tolist()
+
+
+def split_samples(rows_N: Sequence[int] | numpy.ndarray, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """(kept, held out) samples by `split_rows` of their rows, whose numbers rise; all samples of a row on one side."""
+    numbers, row_N = numpy.unique(numpy.asarray(rows_N), return_inverse=True)
+    _, held = split_rows(len(numbers), fraction, seed)
+    is_held_N = numpy.isin(row_N, held)
+    return numpy.flatnonzero(~is_held_N).tolist(), numpy.flatnonzero(is_held_N).tolist()
 
 
 def cache_key(*parts: Any) -> str:

@@ -49,6 +49,7 @@ class _Key:
 
     counts: RowCounts = field(default_factory=RowCounts)
     lengths: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # numbers of the samples' rows
     fingerprints: list[int] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)  # fingerprints of what the samples' rows say
     sketches: list[Any] = field(default_factory=list)  # of the same, for those that are nearly equal
@@ -189,6 +190,7 @@ class _Look:
         key = self.key
         for sample in samples:
             key.lengths += sample.get("document_lengths", [len(sample["input_ids"])])
+            key.rows.append(key.counts.statistics.rows)
             key.fingerprints.append(sample["fingerprint"])
             key.texts.append(sample["text_fingerprint"])
             if len(key.sketches) < MOST_COMPARED:
@@ -224,10 +226,10 @@ def _compare(found: Survey) -> None:
     others: _Key | None = held
     places: Sequence[int] = range(len(held.fingerprints)) if held else ()
     stated = found.job.spec.data.eval
-    if isinstance(stated, HeldOutFraction) and train.is_whole and len(kept) > 1:
-        from orchestrator.data.dataset import split_rows
+    if isinstance(stated, HeldOutFraction) and train.is_whole and len(set(train.rows)) > 1:
+        from orchestrator.data.dataset import split_samples
 
-        kept, places = split_rows(len(train.fingerprints), stated.split, found.job.spec.train.seed)
+        kept, places = split_samples(train.rows, stated.split, found.job.spec.train.seed)
         others = train
     if others is None:
         return

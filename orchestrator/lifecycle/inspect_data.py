@@ -80,7 +80,8 @@ def look_first(model: str, train: str, folder: Path) -> FirstLook:
         _, example = read_example(row, "auto")
     except BadRow as fault:
         raise JobError(f"{row.where}: {fault}") from None
-    return FirstLook(guess, list(example.readings), row.where, _rendered(job, example))
+    unused = [f"not used: {', '.join(example.ignored)}"] if example.ignored else []
+    return FirstLook(guess, [*example.readings, *unused], row.where, _rendered(job, example))
 
 
 def _first_rows(job: Job) -> list[Row]:

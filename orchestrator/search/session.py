@@ -229,8 +229,8 @@ class Session:
         if outcome is None:
             self.sampler.tell(trial.point, None)
             return
-        is_priced = "cost" in self.sampler.objectives and outcome.cost is not None
-        self.sampler.tell(trial.point, [*outcome.costs, *([outcome.cost] if is_priced else [])])
+        priced = [] if outcome.cost is None or "cost" not in self.sampler.objectives else [outcome.cost]
+        self.sampler.tell(trial.point, [*outcome.costs, *priced])
         assert trial.step_s and trial.tensors_bytes and trial.predicted_tensors_bytes
         self.sampler.learn(
             trial.point,

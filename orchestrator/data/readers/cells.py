@@ -54,7 +54,7 @@ def read_csv(stream: BinaryIO, file: str, delimiter: Delimiter = Delimiter(","))
     skipped = int(delimiter.skips_line and next(lines, None) is not None)
     reader = csv.reader(lines, delimiter=delimiter.sign, strict=True)
     try:
-        header = next(reader, None)
+        header = next((cells for cells in reader if cells), None)  # empty lines may come first
     except csv.Error as error:
         raise JobError(f"{file}:{1 + skipped}: the header is not csv: {error}") from None
     if header is None:

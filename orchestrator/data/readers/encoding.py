@@ -132,12 +132,19 @@ def _whole_words(foreign: list[str], text: str) -> bool:
     return sum(map(len, re.findall(r"[^\x00-\x7f]{2,}", text))) > 0.7 * len(foreign)
 
 
+def _common_kanji(text: list[str]) -> float:
+    """The share of kanji of the first level, nearly all of what is written; bytes of other languages make rare ones."""
+    kanji = [one for one in text if "\u4e00" <= one <= "\u9fff" and one.encode("cp932")[0] < 0x99]
+    return len(kanji) / len(text)
+
+
 _OF_PAIRS = ("GB18030", "BIG5")
 _Test = Callable[[list[str], str], bool]
 # Kana, Hangul and Cyrillic identify an encoding.  Chinese ones come later: they decode nearly any bytes.
 _CANDIDATES: tuple[tuple[str, str, _Test], ...] = (
     ("CP932", "cp932", lambda f, _: _share("\u3040", "\u30ff", f) > 0.1 and _share("\uff61", "\uff9f", f) < 0.2),
     ("EUC-JP", "euc_jp", lambda f, _: _share("\u3040", "\u30ff", f) > 0.1),
+    ("CP932", "cp932", lambda f, _: _common_kanji(f) > 0.9),  # names and addresses, which need no kana
     ("CP949", "cp949", lambda f, _: _share("\uac00", "\ud7a3", f) > 0.9),
     ("GB18030", "gb2312", lambda f, _: _share("\u4e00", "\u9fff", f) > 0.3),
     ("BIG5", "big5", lambda f, _: _share("\u4e00", "\u9fff", f) > 0.3),

@@ -40,7 +40,7 @@ _KINDS = {
 SUFFIXES = tuple(_KINDS)
 _TEXT = ("jsonl", "json", "csv", "tsv", "txt")
 _PACKINGS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
+_PACKED = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zst": "unzstd"}  # what unpacks it
 _ARCHIVES = {  # what unpacks an archive, which is not read as it is
     ".zip": "unzip",
     ".7z": "7z x",
@@ -95,7 +95,7 @@ def check_kind(file: Path, key: str) -> None:
         return
     name, suffix = shlex.quote(file.name), _suffix(file.name)
     if suffix in _ARCHIVES or suffix in _PACKED:
-        command = _ARCHIVES.get(suffix, "tar -xf" if ".tar" in file.suffixes else "gunzip -k")
+        command = _ARCHIVES.get(suffix, "tar -xf" if ".tar" in file.suffixes else _PACKED[suffix])
         raise JobError(f"{key}: {file.name} is packed. Unpack it: {command} {name}")
     hint = ". Save the sheet as csv (UTF-8)" if suffix in (".xlsx", ".xls", ".ods") else ""
     raise JobError(f"{key}: {file.name}: a data file ends in {', '.join(SUFFIXES)}{hint}")

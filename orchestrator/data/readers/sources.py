@@ -112,6 +112,19 @@ def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
     return [row for _, row in sorted(kept, key=lambda one: one[0])]
 
 
+def as_named_from(train: str, folder: Path) -> str:
+    """A path or pattern that stands where the user is, as a job in `folder` names it; everything else as it is.
+
+    Raises JobError for what no path can be.
+    """
+    with bad_input_as_job_error("--train"):
+        place = checked_path(train)
+    is_here = place.exists() or (is_pattern(train) and any(Path().glob(train)))
+    if scheme_of(train) or Path(train).is_absolute() or not is_here or folder.resolve() == Path.cwd():
+        return train
+    return Path(os.path.relpath(place, folder.resolve())).as_posix()
+
+
 def is_pattern(value: str) -> bool:
     """Whether a path that is not there may be a pattern of files."""
     return scheme_of(value) is None and _PATTERN.search(value) is not None
@@ -134,6 +147,8 @@ def _listings(job: Job, value: Any, key: str) -> list[tuple[Source, Listing]]:
         found.append((source, _listing(job, source, key)))
     if not found:
         raise JobError(f"{key} is an empty list; give at least one path")
+    if key == "data.eval" and any(source.weight != 1 for source, _ in found):
+        raise JobError("data.eval: a weight says how often rows are trained on, which held-out rows are not; remove it")
     return found
 
 

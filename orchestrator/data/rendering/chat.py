@@ -23,6 +23,7 @@ from orchestrator.data.rendering.supervision import (
     lost_turns,
     missing_tools,
     outside,
+    refuse_python,
 )
 from orchestrator.data.rendering.turnwise import Render, Turns, compile_template, endings_of
 from orchestrator.data.rows.row import BadRow
@@ -151,6 +152,16 @@ class ChatTemplate:
         """
         return self._in_a_style(talk, lambda: self._answers(talk))
 
+    def whole(self, talk: Conversation) -> str:
+        """The conversation as the model reads it, all of it supervised.  Raises BadRow."""
+
+        def render() -> str:
+            text = self.text(talk)
+            self.refuse_lost(talk, text, [])
+            return text
+
+        return self._in_a_style(talk, render)
+
     def _in_a_style(self, talk: Conversation, render: Callable[[], T]) -> T:
         """What `render` gives, in the first style of calls in which the template loses and refuses nothing.
 
@@ -228,6 +239,7 @@ class ChatTemplate:
                 f"the chat template drops a part of a turn of {talk.turns[lost[0]]['role']}",
                 len(lost),
             )
+        refuse_python(talk.turns, text)
         if missing := missing_tools(talk.tools, text):
             raise LostTurns(
                 f"the chat template drops the tool {missing[0]!r}. {_FIX_LOSS}",

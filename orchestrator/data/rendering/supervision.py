@@ -193,6 +193,18 @@ def _occurs(part: str, text: str) -> bool:
     return find_text(part, text) is not None or any(form in text for form in written)
 
 
+def refuse_python(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raise BadRow where `text` holds the arguments of a call as Python writes a dict, which a model must not learn."""
+    for call in [call for message in messages for call in message.get("tool_calls") or ()]:
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, dict) and arguments and repr(arguments) in text:
+            raise BadRow(
+                f"the chat template writes the arguments of a call as Python does: {printable(repr(arguments)[:60])}."
+                " Set data.chat_template to a .jinja file that writes them as JSON: {{ arguments | tojson }}",
+                "the chat template writes arguments of calls as Python does",
+            )
+
+
 def missing_tools(tools: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     """Names of the functions that `text` does not mention."""
     names = [str((tool.get("function") or tool).get("name")) for tool in tools]

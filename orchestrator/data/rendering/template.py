@@ -135,7 +135,7 @@ class Renderer:
         return Conversation(turns, example.tools, int(added))
 
     def _without_template(self, talk: Conversation, prompt_completion: bool, answer_only: bool) -> Rendering[Tokens]:
-        if not prompt_completion or len(talk.turns) != 2:
+        if not prompt_completion or len(talk.turns) != 2 or talk.tools:
             raise JobError(
                 "data: these rows are conversations and the model's tokenizer has no chat template."
                 " Set data.chat_template to a .jinja file, or give prompt/completion rows"
@@ -195,8 +195,7 @@ class Renderer:
                 f"data.train_on_eos: {self.train_on_eos} says which ends of answers are learnt, and"
                 " data.assistant_only_loss: false (or completion_only_loss: false) learns every token. Change one"
             )
-        text, last = template.text(talk), len(talk.turns) - 1
-        template.refuse_lost(talk, text, [])
+        text, last = template.whole(talk), len(talk.turns) - 1
         content = talk.content(last)
         if talk.turns[last]["role"] != "assistant":
             return (yield from self._encode(text, [(0, len(text))], 1, None))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -104,7 +104,7 @@ _LABEL = Refusal(
     " in data.ignore_columns",
 )
 _TEMPLATE = Refusal("an option of the chat template", f"Write it into a template for data.chat_template, {_REMOVE}")
-_SPEAKER = Refusal("who speaks", f"Write the name into the turn's text, {_REMOVE}")
+_SPEAKER = Refusal("who speaks", "Write the name into the turn's text, or remove the field")
 _REFUSED_ANSWER = Refusal("the text in which the model declined", "Write them as the turn's content and remove it")
 
 # Known to change what a row means; refused in every format that does not use them.
@@ -174,7 +174,10 @@ def refusals(row_format: str) -> dict[str, Refusal]:
 
 def turn_refusal(name: str) -> Refusal:
     """What is lost with a known field of a turn, and the way out."""
-    return _SPEAKER if name == "name" else _KNOWN_IN_TURNS[name]
+    found = _SPEAKER if name == "name" else _KNOWN_IN_TURNS[name]
+    for way in (", or name it in data.ignore_columns", " or name it in data.ignore_columns"):  # columns of rows alone
+        found = replace(found, way=found.way.replace(way, ""))
+    return found
 
 
 def missing(value: Any) -> bool:

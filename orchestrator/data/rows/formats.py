@@ -29,7 +29,7 @@ class Example:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
-    prompt_completion: bool = False  # one question, one answer: may also be laid end to end without a template
+    prompt_completion: bool = False  # a prompt and its answer; of two turns it needs no template
     tools: tuple[dict[str, Any], ...] = ()  # [{type: function, function: {name, description, parameters}}]
     ignored: tuple[str, ...] = ()  # columns and fields of turns ("messages[].id") that hold something and are not used
     readings: tuple[str, ...] = ()  # how what is unusual was read, without values of the row: to be counted and named
@@ -81,9 +81,9 @@ def read_example(
 
 
 def plainly_named(row: Row) -> Row:
-    """A row without a format under plain names, where its own are those with capitals or spaces."""
+    """A row under plain names, where its own are those with capitals or spaces, if it has a format then."""
     names = mapping.plain_names(tuple(map(str, row.values)))
-    if not names or detect(row.values):
+    if not names:
         return row
     values = {names.get(name, name): value for name, value in row.values.items()}
     if detect(values) is None:
@@ -126,7 +126,9 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
         return BadRow(f"fields {names} are a preference; {refusal.sentence}")
     if "input_ids" in names:
         return BadRow(f"fields {names} are tokens; rows are tokenised here. Give their text instead")
-    example = {"prompt": names[0], "completion": names[-1]} if len(names) > 1 else {"text": "".join(names)}
+    texts = [str(name) for name, value in values.items() if isinstance(value, str) and any(map(str.isalpha, value))]
+    texts = texts if len(texts) > 1 else list(map(str, values))
+    example = {"prompt": texts[0], "completion": texts[1]} if len(texts) > 1 else {"text": "".join(texts)}
     stated = ", ".join(f"{ours}: {theirs}" for ours, theirs in example.items())
     return BadRow(
         f"fields {names} fit no known format; known: {DETECTABLE}. Say which is what, for example data.columns:"
@@ -186,12 +188,11 @@ def _pair(values: Mapping[str, Any], row_format: str, ignored: tuple[str, ...]) 
         reading.note(f"fields {names} are read as {read_as}")
     if isinstance(values.get(prompt_key), list) or isinstance(values.get(answer_key), list):
         messages = turns.read_prompt_and_answer(values, prompt_key, answer_key, reading)
-        return _conversation(values, messages, reading, ignored)
+        return replace(_conversation(values, messages, reading, ignored), prompt_completion=True)
     given = values.get(input_key) if input_key else None
     question = _string(values, prompt_key) + ("" if missing(given) else f"\n\n{_string(values, str(input_key))}")
     messages = [*turns.history(values.get("history")), *_one_turn(question, _string(values, answer_key))]
-    example = _conversation(values, messages, reading, ignored)
-    return replace(example, prompt_completion=len(example.messages) == 2 and not example.tools)
+    return replace(_conversation(values, messages, reading, ignored), prompt_completion=True)
 
 
 def _conversation(

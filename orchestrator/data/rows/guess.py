@@ -49,7 +49,7 @@ def _by_values(rows: Sequence[Row]) -> Guess | None:
     for name in names:
         if turns := [turn for row in rows for turn in _turns(row.values.get(name))]:
             return _by_turns(name, turns)
-    texts = [name for name in names if all(_has_words(row.values.get(name)) for row in rows)]
+    texts = [name for name in names if _holds_texts([row.values.get(name) for row in rows])]
     texts = [name for name in texts if len({row.values[name] for row in rows}) > len(rows) // 2]  # no category
     if len(texts) == 1:
         return Guess({"text": texts[0]}, is_sure=False)
@@ -59,8 +59,10 @@ def _by_values(rows: Sequence[Row]) -> Guess | None:
     return Guess({"prompt": texts[0], "completion": answer}, is_sure=False)
 
 
-def _has_words(value: Any) -> bool:
-    return isinstance(value, str) and any(letter.isalpha() for letter in value)
+def _holds_texts(values: Sequence[Any]) -> bool:
+    """Whether most have words; an answer may be a number."""
+    worded = sum(isinstance(value, str) and any(letter.isalpha() for letter in value) for value in values)
+    return all(isinstance(value, str) for value in values) and 2 * worded > len(values)
 
 
 def _turns(value: Any) -> list[Mapping[str, Any]]:

@@ -36,10 +36,10 @@ class ColumnMap:
             return self.wanted
         if "messages" in stated:
             return "messages"
-        if "label" in stated:
-            return "classification"
         if "prompt" in stated or "completion" in stated:
             return "alpaca" if "input" in stated else "prompt_completion"
+        if "label" in stated:
+            return "classification"
         return "text" if "text" in stated else "auto"
 
     def apply(self, row: Row) -> Row:

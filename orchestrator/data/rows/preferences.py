@@ -16,6 +16,7 @@ from orchestrator.data.rows import columns, formats
 from orchestrator.data.rows.columns import missing
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.row import BadRow, Row
+from orchestrator.data.rows.turns import KNOWN_ROLES
 
 NAME = "preference"  # of the format, in counts
 KNOWN = (
@@ -174,6 +175,8 @@ def _from_answers(values: Mapping[str, Any]) -> tuple[_AsRow, _AsRow]:
         question, answers = _common_beginning(answers, keys)
     else:
         answers = [_without_prompt(answer, question) for answer in answers]
+        if any(map(_holds_question, answers)):
+            question, answers = _of_conversations(asked, question, answers, keys)
     if "instruction" in rest:
         chosen, rejected = (
             _AsRow("alpaca", {**rest, "output": _text_of(one)}, {"output": key})
@@ -257,8 +260,33 @@ def _without_prompt(answer: str | list[Any], question: Any) -> str | list[Any]:
     if not isinstance(answer, list) or len(answer) < 2:
         return answer
     asked = question if isinstance(question, list) else [question]
-    said = [one.get("content", one.get("value")) if isinstance(one, dict) else one for one in (*asked, *answer)]
+    said = list(map(_said, (*asked, *answer)))
     return answer[len(asked) :] if said[: len(asked)] == said[len(asked) : 2 * len(asked)] else answer
+
+
+def _said(turn: Any) -> Any:
+    """The text of a turn, or the text itself."""
+    return turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
+
+
+def _holds_question(answer: str | list[Any]) -> bool:
+    """Whether an answer is a conversation: somebody else than the assistant asks or instructs in it."""
+    turns = [turn for turn in answer if isinstance(turn, dict)] if isinstance(answer, list) else []
+    roles = [str(turn.get(columns.first(columns.ROLE_KEYS, turn) or "")).strip().lower() for turn in turns]
+    return any(KNOWN_ROLES.get(role) in ("user", "system") for role in roles)
+
+
+def _of_conversations(asked: str, question: Any, answers: list[Any], keys: tuple[str, str]) -> tuple[Any, list[Any]]:
+    """`_common_beginning` of whole conversations beside a question that they hold too.  Raises BadRow."""
+    beginning, ends = _common_beginning(answers, keys)
+    held, wanted = list(map(_said, beginning)), question if isinstance(question, list) else [question]
+    if any(map(_holds_question, ends)) or not all(_said(one) in held for one in wanted):
+        raise BadRow(
+            f"fields {keys[0]!r} and {keys[1]!r} are whole conversations that do not begin alike with field {asked!r}."
+            " Remove that field, or give the two answers alone",
+            f"{keys[0]!r} and {keys[1]!r} are conversations that do not begin alike",
+        )
+    return beginning, ends
 
 
 def _common_beginning(answers: list[Any], keys: tuple[str, str]) -> tuple[Any, list[Any]]:

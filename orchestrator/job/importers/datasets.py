@@ -47,13 +47,22 @@ def _train_on_everything(draft: JobDraft, their_key: str) -> None:
 
 # --- Axolotl
 
-_AXOLOTL_KINDS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
+_AXOLOTL_DATA = {"pretraining_dataset": "data.train", "datasets": "data.train", "test_datasets": "data.eval"}
+_AXOLOTL_KINDS = {
+    "alpaca": "alpaca",
+    "sharegpt": "sharegpt",
+    "chat_template": None,
+    **dict.fromkeys(("completion", "pretrain"), "text"),
+}
 _AXOLOTL_OWN = {"prompt": "instruction", "input": "input", "completion": "output", "system": "system"}
 
 
 def _axolotl(draft: JobDraft, table: KeyTable) -> None:
-    for theirs, key in (("datasets", "data.train"), ("test_datasets", "data.eval")):
+    for theirs, key in _AXOLOTL_DATA.items():
         entries = [one for one in listed(draft.values.get(theirs)) if isinstance(one, dict)]
+        if theirs == "pretraining_dataset":  # texts, which it reads as a stream
+            named = [{"path": one} for one in listed(draft.values.get(theirs)) if isinstance(one, str)]
+            entries = [{"type": "completion", **one} for one in (*named, *entries)]
         found = [
             source for at, one in enumerate(entries) for source in _axolotl_sources(draft, table, one, f"{theirs}.{at}")
         ]
@@ -163,7 +172,9 @@ _TRL_KINDS = (("messages", {"messages"}), ("prompt_completion", {"prompt", "comp
 
 def _trl(draft: JobDraft, table: KeyTable) -> None:
     name, field = draft.flat.get("dataset_name"), draft.flat.get("dataset_text_field")
-    kind, columns = ("text", {"text": field}) if field and not compares_answers(draft) else (None, {})
+    # TRL reads rows as conversations or prompts first; of its default, text, rows say themselves that they have it.
+    is_stated = field not in (None, "", "text") and not compares_answers(draft)
+    kind, columns = ("text", {"text": field}) if is_stated else (None, {})
     hub = {"path": name, "config": draft.flat.get("dataset_config")}
     hub = {key: one for key, one in hub.items() if one}
     train = draft.flat.get("dataset_train_split") or draft.flat.get("train_split") or "train"
@@ -177,8 +188,8 @@ def _trl(draft: JobDraft, table: KeyTable) -> None:
                 if compares_answers(draft)
                 else next((form for form, needed in _TRL_KINDS if needed <= chosen), None)
             )
-            said.columns |= columns
-            sources += sources_of(draft, kind or own, said, f"datasets.{at}")
+            said.columns |= {} if own else columns
+            sources += sources_of(draft, own or kind, said, f"datasets.{at}")
     if draft.flat.get("dataset_train_split") == "train":
         draft.leave("default", "dataset_train_split", "the same here")
     theirs = "dataset_name" if name else "datasets"

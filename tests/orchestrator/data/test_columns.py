@@ -238,3 +238,10 @@ def test_the_ends_that_are_learnt_are_those_that_are_stated(rendered, choice, ex
 )
 def test_a_mapping_is_guessed_from_names_or_values(row, expected):
     assert guess_columns([Row(row, "file", 1)]) == expected
+
+
+def test_an_answer_may_be_a_number():
+    answers = enumerate(["ja", "110", "nein"])
+    rows = [Row({"Frage": f"Frage {n}", "Antwort": answer}, "file", n) for n, answer in answers]
+
+    assert guess_columns(rows) == Guess({"prompt": "Frage", "completion": "Antwort"}, is_sure=False)

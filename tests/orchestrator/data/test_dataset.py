@@ -100,6 +100,20 @@ def test_holding_out_is_a_partition_decided_by_the_seed(tmp_path, renderer):
     assert [held.source(i) for i in range(10)] == [again.source(i) for i in range(10)]
 
 
+def test_all_samples_of_a_row_are_on_one_side(tmp_path, renderer):
+    long = [{"text": " ".join(["one two three four five"] * (n + 30))} for n in range(10)]
+    data = make(tmp_path, renderer, long, overlong="split")
+    assert len(data) > 20
+
+    kept, held = data.split(0.3, seed=1)
+
+    sides = [{one.source(i) for i in range(len(one))} for one in (kept, held)]
+    assert not sides[0] & sides[1] and len(sides[1]) == 3 and len(kept) + len(held) == len(data)
+    with pytest.raises(JobError, match="one row cannot be split"):
+        (tmp_path / "one").mkdir()
+        make(tmp_path / "one", renderer, long[:1], overlong="split").split(0.5, seed=1)
+
+
 def test_repeated_held_out_rows_are_found(tmp_path, renderer):
     data = make(tmp_path, renderer, rows(20))
 

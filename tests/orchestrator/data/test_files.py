@@ -334,6 +334,7 @@ FRENCH = "À quelle heure ouvrez-vous le café?,À neuf heures précises\n"
     ("codec", "text", "told"),
     [
         ("cp932", JAPANESE, "CP932"),
+        ("cp932", "東京都千代田区丸之内一丁目,東京駅\n大阪市北区梅田三丁目,大阪駅\n", "CP932"),  # without kana
         ("euc_jp", JAPANESE, "EUC-JP"),
         ("iso2022_jp", JAPANESE, "ISO-2022-JP"),
         ("utf-16", JAPANESE, "UTF-16"),

@@ -258,6 +258,8 @@ def test_what_would_be_lost_is_refused_with_field_loss_and_way_out(row, told):
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are a preference"),
         ({"text": "t", "chosen": "a", "rejected": "b"}, "are a preference"),
         ({"a": "q", "b": "a"}, r"which is what, for example data.columns: \{prompt: a, completion: b\}"),
+        ({"Frage": "q", "Antwort": "a"}, r"data.columns: \{prompt: Frage, completion: Antwort\}"),
+        ({"id": 3, "query": "q", "positive": "a", "negative": "b"}, r"\{prompt: query, completion: positive\}"),
         ({"input_ids": [1], "labels": [1]}, "are tokens"),
         ({"problem": "q", "solution": "a", "answer": "b"}, "fit no known format"),
         ({"question": "q", "response": "a", "answer": "b"}, "fit no known format"),
@@ -267,6 +269,19 @@ def test_what_would_be_lost_is_refused_with_field_loss_and_way_out(row, told):
 def test_rows_of_no_format_say_why(row, told):
     with pytest.raises(BadRow, match=told):
         read_example(Row(row, "file", 1), "auto")
+
+
+@pytest.mark.parametrize(
+    ("row", "usual"),
+    [
+        ({"text": "t", "Label": "spam"}, {"text": "t", "label": "spam"}),
+        ({"prompt": "p", "completion": "c", "System": "s"}, {"prompt": "p", "completion": "c", "system": "s"}),
+    ],
+)
+def test_a_known_column_means_the_same_in_capitals(row, usual):
+    found, expected = (read_example(Row(one, "file", 1), "auto") for one in (row, usual))
+
+    assert found[0] == expected[0] and found[1].messages == expected[1].messages and not found[1].ignored
 
 
 def test_zero_is_a_label_and_whole_numbers_of_pandas_are_whole():

@@ -24,6 +24,26 @@ def read(values):
     return read_preference(Row(values, "rows.jsonl", 1))
 
 
+WHOLE = [turn("system", "s"), turn("user", ASK), turn("assistant", "one"), turn("user", "and the dog")]
+
+
+@pytest.mark.parametrize("asked", [ASK, "and the dog", [turn("user", ASK)]])
+def test_whole_conversations_beside_a_question_are_read_as_conversations(asked):
+    answers = {"chosen": [*WHOLE, turn("assistant", GOOD)], "rejected": [*WHOLE, turn("assistant", BAD)]}
+
+    found, expected = read({"prompt": asked, **answers}), read(answers)
+
+    assert [told(one) for one in found.both] == [told(one) for one in expected.both]
+    assert [content for _, content, trained in told(found.chosen) if trained][-1] == GOOD
+
+
+def test_conversations_that_do_not_hold_the_question_are_refused():
+    answers = {"chosen": [*WHOLE, turn("assistant", GOOD)], "rejected": [*WHOLE, turn("assistant", BAD)]}
+
+    with pytest.raises(BadRow, match=r"whole conversations that do not begin alike with field 'prompt'\. Remove that"):
+        read({"prompt": "the bird", **answers})
+
+
 def told(example):
     return [(one["role"], one["content"], one.get("train", True)) for one in example.messages]
 

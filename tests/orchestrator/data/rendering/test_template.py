@@ -100,3 +100,12 @@ def test_the_template_of_a_tokenizer_with_several_is_its_default(tokenizer, monk
     monkeypatch.setattr(tokenizer, "chat_template", {"default": "a", "tool_use": "b"})
 
     assert template_of(tokenizer) == "a"
+
+
+@pytest.mark.parametrize("more", [{}, {"system": "be brief"}, {"history": [["one", "two"]]}])
+def test_a_prompt_is_learnt_where_the_job_says_so_whatever_stands_before_it(tokenizer, more):
+    row = {"prompt": "the cat", "completion": "sees", **more}
+
+    (tokens,) = Renderer(tokenizer, CHAT_TEMPLATE, completion_only=False).render(convert(row, "prompt_completion"))
+
+    assert all(tokens.supervised[1:])

@@ -51,6 +51,7 @@ GPT_OSS = (  # the reasoning before a call is gone once the final answer is ther
     "<|return|>{% endif %}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )  # fmt: skip
+PLAIN = HERMES.replace("arguments | tojson", "arguments")  # of templates that write whatever they are given
 DROPS_CALLS = (
     "{{ tools | tojson }}\n{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     + PROMPT
@@ -67,6 +68,7 @@ LEARNT = {  # template, the call, the last answer
         f" {ANSWER}<|im_end|>",
     ),
     "deepseek": (DEEPSEEK, f"<|call|>get_stock\n```json\n{CALL}\n```<|im_end|>", f"{ANSWER}<|im_end|>"),
+    "plain": (PLAIN, f'<tool_call>\n{NAMED}"arguments": {CALL}}}\n</tool_call><|im_end|>', f"{ANSWER}<|im_end|>"),
     "gpt-oss": (GPT_OSS, f" to=get_stock<|message|>{CALL}<|call|>", f"<|final|>{ANSWER}<|return|>"),
 }
 STOCK = {
@@ -108,6 +110,12 @@ def test_calls_are_learnt_as_the_family_writes_them(tokenizer, family, arguments
     assert "units in stock" in whole and "41" in whole and whole.rstrip().endswith(expected[-1])
     before = tokenizer.decode(tokens.input_ids[: tokens.prompt_length])
     assert whole == before + whole[len(before) :] and whole[len(before) :].lstrip().startswith(expected[-1].lstrip())
+
+
+def test_calls_are_json_where_every_token_is_learnt_too(tokenizer):
+    (tokens,) = Renderer(tokenizer, PLAIN, assistant_only=False).render(convert(talk({"item": "pens"}, ""), "messages"))
+
+    assert f'"arguments": {CALL}}}' in supervised(tokenizer, tokens)
 
 
 def test_reasoning_that_later_turns_drop_is_learnt_where_inference_makes_it(tokenizer):

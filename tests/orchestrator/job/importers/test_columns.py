@@ -148,6 +148,13 @@ CASES = {
         {"train": {**MINE, "format": "text", "columns": {"text": "body"}}},
         TEXT,
     ),
+    "TRL's default field beside conversations": (
+        "trl",
+        {"dataset_name": "rows.jsonl", "dataset_text_field": "text", "assistant_only_loss": True},
+        {"messages": [{"role": "user", "content": "red cat"}, {"role": "assistant", "content": "blue dog"}]},
+        {"train": "rows.jsonl"},
+        ONE,
+    ),
     "TRL's choice of columns": (
         "trl",
         {"datasets": [{**MINE, "columns": ["text"]}], "max_train_samples": 4},
