@@ -36,6 +36,8 @@ _WIDE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]")
 _NUMBER = r"\d(?:[\d.,]*\d)?[%\w]*"
 _COUNT = re.compile(rf"({_NUMBER}(?: [KMGT]?i?B)?) ([A-Za-z].*)")  # 12 rows dropped, 3 GiB usable
 _QUANTITY = re.compile(rf"{_NUMBER} [A-Za-z/]+|'[^']*'(?:,? (?:or )?'[^']*')*|/.*")  # or names, or a path
+_TURN = re.compile(r"(turn \d+) (.*)")  # turn 2 (user) has no text
+_BRACKETS = re.compile(r"(.*\S) +\(([^()]+)\)")
 _AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
 
@@ -140,7 +142,7 @@ class Catalogue:
     def _best(self, text: str) -> Rendering:
         if text in self._exact:
             return Rendering(num_letters(text), self._exact[text])
-        found = [*self._by_patterns(text), *self._by_marks(text), *self._by_number(text)]
+        found = [*self._by_patterns(text), *self._by_marks(text), *self._by_number(text), *self._by_brackets(text)]
         return max(found, key=lambda one: one.known, default=Rendering(0, text))
 
     def _by_patterns(self, text: str) -> Iterator[Rendering]:
@@ -167,11 +169,22 @@ class Catalogue:
                 yield Rendering(_NEXT * known, _join(first.text, mark[0], rest.text))
 
     def _by_number(self, text: str) -> Iterator[Rendering]:
-        """As a number of something, which in Japanese stands behind it."""
+        """As a number of something, which in Japanese stands behind it, or as a turn by its number and what it has."""
         if (count := _COUNT.fullmatch(text)) and count[2] in self._exact and num_letters(count[2]) > 3:  # no unit
             yield Rendering(num_letters(count[2]), f"{self._exact[count[2]]} {count[1]}")
         if (amount := _AMOUNT.fullmatch(text)) and amount[1] in self._exact:
             yield Rendering(num_letters(amount[1]), f"{self._exact[amount[1]]} {amount[2]}")
+        if (turn := _TURN.fullmatch(text)) and (fault := self._rendering(turn[2])).known:
+            place = self._rendering(f"a {turn[1]}")
+            yield Rendering(num_letters(turn[1]) + _NEXT * fault.known, f"{place.text} {fault.text}")
+
+    def _by_brackets(self, text: str) -> Iterator[Rendering]:
+        """As a part, and another one in brackets behind it."""
+        if parts := _BRACKETS.fullmatch(text):
+            first, inner = self._value(parts[1]), self._value(parts[2])
+            rest = max(Rendering(inner.known, f"({inner.text})"), self._rendering(f"({parts[2]})"))
+            if known := first.known + rest.known:
+                yield Rendering(_NEXT * known, f"{first.text} {rest.text}")
 
     def _value(self, text: str) -> Rendering:
         """A value or a part: translated where it is several words, for one word may be a name."""

@@ -109,3 +109,15 @@ def test_a_text_of_many_parts_takes_little_time():
 
 def test_english_loads_nothing():
     assert translator("en") is str
+
+
+@pytest.mark.parametrize(
+    ("text", "japanese"),
+    [
+        ("turn 2 (user) has no text in 'content'. Fill it or remove the turn", "発言 2 (user) の 'content' に"),
+        ("data.train: lines end with CRLF (2 rows)", "data.train: 行末が CRLF です (行 2)"),
+        ("data.columns: {text: Frage}  (a guess: look at the row below)", "推測"),
+    ],
+)
+def test_what_stands_behind_a_turn_and_in_brackets_is_translated_too(text, japanese):
+    assert japanese in translator("ja")(text)
