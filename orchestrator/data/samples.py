@@ -135,8 +135,10 @@ def tokenise(
     A broken row goes to `reject` with the reason.  Rows are read two batches ahead: one is tokenised while the next one
     is rendered.  Raises JobError where no row can be rendered.
     """
-    with _garbage_among_new_objects():
-        for batch, results in _rendered(_batches(rows, options, counts.formats), renderer):
+    with contextlib.ExitStack() as stack:
+        for number, (batch, results) in enumerate(_rendered(_batches(rows, options, counts.formats), renderer)):
+            if number == 1:  # after it Python looks through everything once more, which few rows are not worth
+                stack.enter_context(_garbage_among_new_objects())
             rendered = iter(results)
             for one in batch:
                 counts.statistics.rows += 1

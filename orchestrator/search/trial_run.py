@@ -77,7 +77,7 @@ class TrialRun:
             target = next(rung for rung in rungs(experiment.plan.num_steps) if rung > done)
             loss = experiment.train_to(target)
             if not math.isfinite(loss):
-                raise RunFailed(f"the held-out loss is {loss} after {target} steps: lower train.learning_rate")
+                raise RunFailed(f"the held-out loss is not a number after {target} steps: lower train.learning_rate")
             ended = target == experiment.plan.num_steps
             quality = experiment.quality() if ended and self._job.spec.search.metric != "eval_loss" else {}
         except _WHAT_TRIALS_RAISE as error:

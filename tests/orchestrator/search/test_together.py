@@ -89,7 +89,9 @@ def test_a_trial_whose_held_out_loss_is_no_number_fails_and_the_others_count(sea
     folder, _ = search_with(rates, "search.trial_steps=1", f"search.share_base={share_base}")
 
     (failed,) = [trial for trial in folder.trials() if trial.status == "failed"]
-    assert failed.point["train.learning_rate"] == 1e30 and "held-out loss is nan after 1 steps" in failed.reason
+    assert (
+        failed.point["train.learning_rate"] == 1e30 and "held-out loss is not a number after 1 steps" in failed.reason
+    )
     assert folder.summary().recommended.point["train.learning_rate"] == 1e-3
 
 
