@@ -75,7 +75,7 @@ def init(
               orchestrator init job.yaml --recipe classify
     """
     from orchestrator.data.readers.folders import data_files_of
-    from orchestrator.data.readers.sources import as_named_from
+    from orchestrator.data.readers.sources import path_from_job
     from orchestrator.job.schema import starter
 
     file = resolve_path(path, "init", kind="new file")
@@ -87,7 +87,7 @@ def init(
     if recipe:
         _copy_recipe(recipe, file, force)
     else:
-        found, held_out = (as_named_from(train, file.parent), None) if train else data_files_of(file.parent)
+        found, held_out = (path_from_job(train, file.parent, "--train"), None) if train else data_files_of(file.parent)
         more = _look_at_rows(model, found, file.parent) if found else {}
         write_text_file(file, starter(model, found or "train.jsonl", held_out, full, more), "init")
         if found is None:
@@ -134,9 +134,9 @@ def _look_at_rows(model: str, train: str, folder: Path) -> dict[str, Any]:
         if value:
             listed = ", ".join(f"{name}: {other}" for name, other in value.items())
             show(f"{key}: {{{listed}}}" + ("" if found.guess.is_sure else "  (a guess: look at the row below)"))
-    for line in (*found.readings, f"{found.source}, what is learnt between ⟦ and ⟧:"):
+    row = "".join(f"⟦{text}⟧" if learnt else text for text, learnt in found.pieces)
+    for line in (*found.readings, f"{found.source}, what is learnt between ⟦ and ⟧:", row):
         show(line)
-    show("".join(f"⟦{text}⟧" if learnt else text for text, learnt in found.pieces))
     return {key: value for key, value in stated.items() if value}
 
 

@@ -236,11 +236,13 @@ class Dataset:
     @cached_property
     def _row_numbers(self) -> numpy.ndarray:
         """Of each sample the number of its row (N,), from 0: samples of one row follow each other."""
-        sources = self._table["source"].combine_chunks()
-        if len(sources) < 2:
-            return numpy.zeros(len(self), numpy.int64)
-        differs = pyarrow.compute.call_function("not_equal", [sources.slice(1), sources.slice(0, len(sources) - 1)])
-        return numpy.concatenate([[0], numpy.cumsum(differs.to_numpy(zero_copy_only=False))])[self._rows]
+        begins, last = [numpy.zeros(0, bool)], None
+        # Part by part: the file may be larger than memory.
+        for part in [one for one in self._table["source"].chunks if len(one)]:
+            differs = pyarrow.compute.call_function("not_equal", [part.slice(1), part.slice(0, len(part) - 1)])
+            begins += [numpy.array([part[0].as_py() != last]), differs.to_numpy(zero_copy_only=False)]
+            last = part[-1].as_py()
+        return (numpy.cumsum(numpy.concatenate(begins)) - 1)[self._rows]
 
     def overlap(self, other: Dataset) -> int:
         """How many samples of `other` occur here too, token by token."""

@@ -181,9 +181,8 @@ class Session:
         """Of all trials so far; of those side by side on one machine each took its part of it."""
         slots = self._slots_by_node
         ended = sum(trial.seconds / slots[trial.node or ""] for trial in self.done)
-        mean = sum(slots[node.name] for node in self.nodes) / len(
-            self.nodes
-        )  # where Tune runs a trial it says at its end
+        # On which machine a trial runs is known at its end.
+        mean = sum(slots[node.name] for node in self.nodes) / len(self.nodes)
         return (ended + sum(drawn.seconds for drawn in self.running.values()) / mean) / 3600
 
     @cached_property

@@ -52,10 +52,6 @@ class Backlog:
 
     @property
     def batch(self) -> Batch:
-        """The next micro-batch."""
-        return self.make_batch()
-
-    def make_batch(self) -> Batch:
         """The next micro-batch, made once."""
         if self._batch is None or self._batch[0] != self.number:
             self._batch = self.number, self.step.take(self.micro_batches[self.number])
@@ -150,14 +146,14 @@ class JointRow:
         """The next micro-batch of each job; where it cannot be made that is the job's own error."""
         for one in self.backlogs:
             try:
-                one.make_batch()
+                _ = one.batch
             except Exception as error:
                 one.error = error.with_traceback(None)
 
     def _choose(self) -> list[Backlog]:
         """The next micro-batches of a pass, in the order in which the jobs joined: equal runs have equal rows.
 
-        None where no job has one.
+        Empty where no job has one.
         """
         waiting = sorted((one for one in self.backlogs if one.error is None), key=lambda one: -one.left)
         if not waiting or not waiting[0].job.is_joined:

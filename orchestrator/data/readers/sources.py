@@ -112,16 +112,16 @@ def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
     return [row for _, row in sorted(kept, key=lambda one: one[0])]
 
 
-def as_named_from(train: str, folder: Path) -> str:
+def path_from_job(text: str, folder: Path, key: str) -> str:
     """A path or pattern that stands where the user is, as a job in `folder` names it; everything else as it is.
 
-    Raises JobError for what no path can be.
+    Raises JobError, which begins with `key`, for what no path can be.
     """
-    with bad_input_as_job_error("--train"):
-        place = checked_path(train)
-    is_here = place.exists() or (is_pattern(train) and any(Path().glob(train)))
-    if scheme_of(train) or Path(train).is_absolute() or not is_here or folder.resolve() == Path.cwd():
-        return train
+    with bad_input_as_job_error(key):
+        place = checked_path(text)
+    is_here = place.exists() or (is_pattern(text) and any(Path().glob(text)))
+    if scheme_of(text) or Path(text).is_absolute() or not is_here or folder.resolve() == Path.cwd():
+        return text
     return Path(os.path.relpath(place, folder.resolve())).as_posix()
 
 

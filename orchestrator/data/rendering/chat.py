@@ -229,7 +229,7 @@ class ChatTemplate:
     def refuse_lost(
         self, talk: Conversation, text: str, answers: Sequence[Span], among: Sequence[int] | None = None
     ) -> None:
-        """Raise LostTurns where the template drops text of these turns, BadRow for a begin-of-text token inside one."""
+        """Raise LostTurns where the template drops text of these turns, BadRow for calls or marks it spoils."""
         numbers = range(len(talk.turns)) if among is None else among
         if lost := [numbers[k] for k in lost_turns([talk.turns[n] for n in numbers], text, answers)]:
             dropped = lost_text(talk.turns[lost[0]], text, answers)
