@@ -9,6 +9,7 @@ adapt              `adapt`: an adapter for a job's data out of the bank, judged 
 adapter_trial      a base model and the loss of adapters on it, one after the other
 continue_training  `adapt --then-train`: a warm start from what the bank made, and the steps that saves
 evaluate           `bank evaluate`: how good a bank is at tasks it has not seen
+left_out           the losses of such tasks, kept one by one
 generator          shares learned from the bank, and the verdict on them
 merge              `bank merge`: several adapters as one
 """

@@ -63,7 +63,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     rows, probe = _labelled(data, asked)
     like = likeness(distances, near, asked)
     say(like.sentence)
-    trial, count = AdapterTrial(job, base.folder, max_length, near.adapters), len(near.cards)
+    trial, count = AdapterTrial(job, base.folder, near.adapters), len(near.cards)
     if len(rows.selection) or len(rows.tuning):
         say(f"moving shares of {count} adapters by {len(rows.selection) + len(rows.tuning)} labelled rows ...")
     chosen = choose_shares(trial, rows, near, start, distances, asked.rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.job.job_file import Job
 from orchestrator.training.evaluate import evaluate_loss
+from orchestrator.training.model.kernels import fastest_on_cpu
 from orchestrator.training.model.loading import Placing, load_model
 from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank.adapter import Adapter
@@ -19,7 +21,6 @@ from strategies.adapter_bank.shares.tuning import TunableSum, TunedShares, tune
 from strategies.adapter_bank.trial import Below, corrected
 from strategies.step.supervised_logits import loss_sum
 from strategies.train_setup import TrainSetup
-from strategies.workload import Techniques
 
 _ROWS = 8  # of a batch
 _HELD_BACK = 4  # one row in so many says when tuning ends
@@ -28,10 +29,10 @@ _HELD_BACK = 4  # one row in so many says when tuning ends
 class AdapterTrial:
     """Holds the base in fp32 on the CPU, and for the data set tried last what its layers below all adapters say."""
 
-    def __init__(self, job: Job, folder: Path, max_length: int, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, job: Job, folder: Path, adapters: Sequence[Adapter]) -> None:
         """`adapters` are those that will be tried, alone or added up."""
         self.model = load_model(str(folder), job, Placing("float32", torch.device("cpu"), "sdpa"))
-        self._techniques = Techniques("float32", "sdpa", False, False, _ROWS, max_length)
+        self._techniques = fastest_on_cpu(self.model, _ROWS)
         self.model.requires_grad_(False)
         self._targets = {name for adapter in adapters for name in adapter.targets}
         self._below = Below(self.model, self._targets)
@@ -47,7 +48,8 @@ class AdapterTrial:
         with corrected(self.model, adapter or {}) as model, self._below.keep_outputs(), torch.no_grad():
             optimizer = torch.optim.SGD([next(model.parameters())])  # evaluation asks for none, a set-up has one
             setup = TrainSetup(model, optimizer, dict(model.named_parameters()), lambda *_: None, "model")
-            return evaluate_loss(setup, data, self._techniques, ProcessGroup())
+            techniques = replace(self._techniques, max_length=int(data.lengths.max()))
+            return evaluate_loss(setup, data, techniques, ProcessGroup())
 
     def tune(self, rows: Dataset, parts: Sequence[Mapping[str, Factors]], start: Sequence[float]) -> TunedShares:
         """Shares of each map for sums of corrections, tuned on most of the rows and ended by the others."""
@@ -66,7 +68,8 @@ class AdapterTrial:
 
     def _mean_loss(self, model: torch.nn.Module, data: Dataset, rows: list[int]) -> Callable[[], torch.Tensor]:
         """The mean loss of some rows, each time anew; layers below all adapters run the first time only."""
-        batch, below = collate(data, rows, self._techniques.packing), Below(model, self._targets)
+        batch = collate(data, rows, self._techniques.packing, self._techniques.share_prefixes)
+        below = Below(model, self._targets)
 
         def loss() -> torch.Tensor:
             with below.keep_outputs():

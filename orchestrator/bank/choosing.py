@@ -22,6 +22,7 @@ from strategies.adapter_bank.shares.tuning import TunedShares
 _MOST_FOR_SCORER = 256  # adapters that a neural scorer is trained on
 _NEAREST = 10  # towards which shares may be moved
 _TUNED = 32  # nearest adapters whose shares of each map are tuned
+_RANKS_OF_START = 4  # times the largest adapter's rank: of the sum that tuning begins with, cut to one in the end
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class Chosen:
         """The corrections, of the adapters' largest rank."""
         if self.corrections is None:
             return combine(near.adapters, self.shares, self.rule)
-        return truncated(self.corrections, max(max(one.ranks) for one in near.adapters))[0]
+        return truncated(self.corrections, _largest_rank(near))[0]
+
+
+def _largest_rank(near: Neighbours) -> int:
+    return max(max(one.ranks) for one in near.adapters)
 
 
 def labelled_rows(train: Dataset, asked: BankSection) -> LabelledRows:
@@ -122,7 +127,9 @@ def _select(
 
 def _tune(trial: AdapterTrial, rows: Dataset, near: Neighbours, chosen: Chosen, distances: numpy.ndarray) -> Chosen:
     nearest = numpy.argsort(distances, kind="stable")[:_TUNED]
-    begun = chosen.corrections or combine(near.adapters, chosen.shares, chosen.rule)
+    begun, _ = truncated(
+        chosen.corrections or combine(near.adapters, chosen.shares, chosen.rule), _RANKS_OF_START * _largest_rank(near)
+    )
     parts = [begun, *(one.corrections() for one in near.at(nearest).adapters)]
     tuned = trial.tune(rows, parts, [1.0] + [0.0] * len(nearest))
     if not tuned.gained:

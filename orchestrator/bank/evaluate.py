@@ -11,6 +11,7 @@ import numpy
 
 from orchestrator.bank.adapter_trial import AdapterTrial
 from orchestrator.bank.choosing import LabelledRows, choose_shares, labelled_rows, start_of
+from orchestrator.bank.left_out import Losses, measure_each, names_of, spread
 from orchestrator.bank.library import Neighbours, bank_of, base_of, neighbours
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
@@ -25,21 +26,24 @@ FIRST = ("base", "own", "nearest", "uniform", "adapt")
 PUBLISHED_TEMPERATURE = 1.0  # of arXiv 2507.01806: none
 
 
-def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -> dict[str, Any]:
+def leave_one_out(
+    job: Job, runs: Path, rows: int, say: Callable[[str], None], most: int | None = None
+) -> dict[str, Any]:
     """Held-out loss of every task under every setting, under the baselines, and of what `adapt` makes for this job.
 
-    Tasks are adapters of the job's bank and base whose run, with its held-out data, is in `runs`.
+    Tasks are adapters of the job's bank and base whose run, with its held-out data, is in `runs`; at most `most` of
+    them.  What was measured before it was stopped is not measured again.
     """
-    base = base_of(job.spec.model.model_name_or_path, job.folder, say)
-    near = neighbours(bank_of(job), base, say)
+    base, bank = base_of(job.spec.model.model_name_or_path, job.folder, say), bank_of(job)
+    near = neighbours(bank, base, say)
     places = tasks_of(job, runs, near, rows, say)
     if len(places) < 3:
         raise JobError(f"{len(places)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
     weights = dict(_settings(near))
-    trial = AdapterTrial(job, base.folder, longest_of(places), near.adapters)
-    tasks: dict[str, dict[str, float]] = {}
-    for place, task in places.items():
-        card, data = near.cards[place], task.held_out
+    trial = AdapterTrial(job, base.folder, near.adapters)
+
+    def measure(place: int) -> Losses:
+        task, data = places[place], places[place].held_out
         others = near.at(other for other in range(len(near.cards)) if other != place)
         distances = DISTANCES[job.spec.bank.distance](near.evidence[place], others.evidence)
         start, tried = start_of(job.spec.bank, distances, others), dict[tuple[Any, bytes], float]()
@@ -55,9 +59,18 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
             if known not in tried:
                 tried[known] = trial.loss(data, combine(near.adapters, own, rule))
             losses[name] = tried[known]
-        tasks[card.name] = losses
-        say(f"{len(tasks)}/{len(places)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))
-    return {"rows": rows, "tasks": tasks, "settings": summary(tasks)}
+        return losses
+
+    names = names_of(near.cards, spread(list(places), most))
+    question = question_of(job, near, rows)
+    tasks = measure_each(bank.path / "evaluate.partial.json", question, names, measure, say, FIRST)
+    return {"rows": rows, "tasks": tasks, "settings": summary(tasks, say)}
+
+
+def question_of(job: Job, near: Neighbours, rows: int) -> dict[str, Any]:
+    """What decides the losses of a bank's tasks."""
+    asked = job.spec.bank.model_dump(exclude={"path", "add", "licence", "probe_rows"})
+    return {"adapters": [card.digest for card in near.cards], "rows": rows, "bank": asked}
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,6 @@ def tasks_of(job: Job, runs: Path, near: Neighbours, rows: int, say: Callable[[s
             labelled = labelled_rows(train, job.spec.bank)
             found[place] = Task(labelled, rest.select(range(min(rows, len(rest)))))
     return found
-
-
-def longest_of(tasks: Mapping[int, Task]) -> int:
-    """Tokens of the longest row."""
-    data = (part for one in tasks.values() for part in (one.rows.selection, one.rows.tuning, one.held_out))
-    return max(int(part.lengths.max()) for part in data if len(part))
 
 
 def _data_of(run: RunFolder, say: Callable[[str], None]) -> tuple[Dataset | None, Dataset | None]:
@@ -116,7 +123,8 @@ def table(found: dict[str, Any]) -> Any:
 def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Setting -> task -> share of what the task's own adapter gains; the best setting first."""
     order = sorted(found["settings"], key=lambda name: -found["settings"][name]["gain"])
-    return {name: {task: _gain(row, name) for task, row in found["tasks"].items()} for name in order if name != "own"}
+    gained = {task: row for task, row in found["tasks"].items() if row["own"] < row["base"]}
+    return {name: {task: _gain(row, name) for task, row in gained.items()} for name in order if name != "own"}
 
 
 def _settings(near: Neighbours) -> Iterator[tuple[str, tuple[Any, numpy.ndarray]]]:
@@ -152,12 +160,20 @@ def _neural(between: numpy.ndarray, gram: numpy.ndarray) -> numpy.ndarray:
     return numpy.stack(rows)
 
 
-def summary(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """`gap_closed` is of the mean losses, as published systems give it; `gain` the mean of every task's own share."""
+def summary(tasks: Mapping[str, Losses], say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """`gap_closed` is of the mean losses, as published systems give it; `gain` the mean of every task's own share.
+
+    Tasks whose own adapter gains nothing have no share of it: they are named and count in means of losses alone.
+    """
+    if useless := [task for task, row in tasks.items() if row["own"] >= row["base"]]:
+        say(f"without a share of their own adapter's gain, which is none: {', '.join(useless)}")
+    counted = [row for task, row in tasks.items() if task not in useless]
+    if not counted:
+        raise JobError("no task's own adapter is better than the base model: train the bank's adapters for longer")
     found = {}
     means = {name: float(numpy.mean([row[name] for row in tasks.values()])) for name in next(iter(tasks.values()))}
     for name, loss in means.items():
-        gains = [_gain(row, name) for row in tasks.values()]
+        gains = [_gain(row, name) for row in counted]
         found[name] = {
             "loss": loss,
             "gap_closed": _gain(means, name),

@@ -18,7 +18,8 @@ from clusters.safe.reading import BadInput, read_json, record
 from clusters.safe.writing import write_whole
 from orchestrator.bank.adapter_trial import AdapterTrial
 from orchestrator.bank.choosing import Start, choose_shares, start_of
-from orchestrator.bank.evaluate import Task, longest_of, summary, tasks_of
+from orchestrator.bank.evaluate import Task, question_of, summary, tasks_of
+from orchestrator.bank.left_out import measure_each, names_of, spread
 from orchestrator.bank.library import Base, Neighbours, bank_of, base_of, neighbours
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
@@ -85,10 +86,13 @@ def shares_of(
     return fit_decoder([evidence[place] for place in keep], own, setting.directions).shares(query)
 
 
-def fit_generator(job: Job, runs: Path, rows: int, variant: Variant, say: Callable[[str], None]) -> dict[str, Any]:
-    """Choose how to fit, leave each task out in turn, and keep the verdict on `variant` beside the bank.
+def fit_generator(
+    job: Job, runs: Path, rows: int, variant: Variant, say: Callable[[str], None], most: int | None = None
+) -> dict[str, Any]:
+    """Choose how to fit, leave each task (at most `most`) out in turn, and keep the verdict on `variant`.
 
-    Raises JobError for a bank of fewer than 20 adapters of the job's base whose runs are in `runs`.
+    What was measured before it was stopped is not measured again.  Raises JobError for a bank of fewer than 20 adapters
+    of the job's base whose runs are in `runs`.
     """
     base, bank = base_of(job.spec.model.model_name_or_path, job.folder, say), bank_of(job)
     near = neighbours(bank, base, say)
@@ -102,14 +106,18 @@ def fit_generator(job: Job, runs: Path, rows: int, variant: Variant, say: Callab
     errors = errors_left_out(near.evidence, grams)
     setting = min(errors, key=lambda one: errors[one])
     say(f"{setting.kernel}, ridge {setting.ridge:g}, {setting.directions} directions: {errors[setting]:.0%} missed")
-    trial = AdapterTrial(job, base.folder, longest_of(tasks), near.adapters)
-    losses: dict[str, dict[str, float]] = {}
-    for place, task in tasks.items():
-        name = near.cards[place].name
-        losses[name] = _left_out(trial, Fit(near, grams, setting, variant), job, place, task)
-        shown = ", ".join(f"{way} {loss:.3f}" for way, loss in losses[name].items())
-        say(f"{len(losses)}/{len(tasks)} {name}: {shown}")
-    found = summary(losses)
+    trial = AdapterTrial(job, base.folder, near.adapters)
+    fit = Fit(near, grams, setting, variant)
+    names = names_of(near.cards, spread(list(tasks), most))
+    question = question_of(job, near, rows) | {"variant": variant, "setting": asdict(setting)}
+    losses = measure_each(
+        bank.path / "generator.partial.json",
+        question,
+        names,
+        lambda place: _left_out(trial, fit, job, place, tasks[place]),
+        say,
+    )
+    found = summary(losses, say)
     means = {way: row["loss"] for way, row in found.items()}
     digests = tuple(sorted(card.digest for card in near.cards))
     refusal = refusal_of(means, variant)

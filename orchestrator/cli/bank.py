@@ -40,6 +40,9 @@ NamesArgument = Annotated[
     list[str], typer.Argument(help="names, or starts of digests", autocompletion=complete_adapter)
 ]
 NameOption = Annotated[str | None, typer.Option("--name", help="its name in the bank; default: that of the run")]
+TasksOption = Annotated[
+    int | None, typer.Option("--tasks", min=3, help="leave out so many, spread over the bank; default: each")
+]
 LicenceOption = Annotated[str | None, typer.Option("--licence", help="e.g. Apache-2.0")]
 
 
@@ -262,13 +265,15 @@ def evaluate(
     job: Annotated[str, typer.Option("--job", help="how the bank's adapters were trained")] = "bank",
     set_: SetOption = [],
     rows: Annotated[int, typer.Option("--rows", min=1, help="held-out rows of each task")] = 16,
+    tasks: TasksOption = None,
     output: Annotated[Path, typer.Option("--output", help="folder of the table and the picture")] = Path("runs"),
     runs: RunsOption = Path("runs"),
     json_: JsonOption = False,
 ) -> None:
     """Leave each task out in turn and make its adapter from the others: every distance x coefficients x rule.
 
-    Tasks are the bank's adapters whose run is in --runs.  Gains are shares of what the task's own adapter gains.
+    Tasks are the bank's adapters whose run is in --runs.  Gains are shares of what the task's own adapter gains.  Run
+    again after it was stopped, it measures the tasks that are left.
 
     Example: orchestrator bank evaluate --rows 16
     """
@@ -276,7 +281,7 @@ def evaluate(
     from orchestrator.report.plots import heat_map
 
     output = resolve_path(output, "--output", kind="new folder")
-    found = leave_one_out(load_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
+    found = leave_one_out(load_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say, tasks)
     output.mkdir(parents=True, exist_ok=True)
     write_text_file(output / "leave-one-out.json", json.dumps(found, indent=1), "--output")
     drawn = heat_map(gains(found), "share of the own adapter's gain", -0.5, 1.0)
@@ -294,6 +299,7 @@ def fit(
     job: Annotated[str, typer.Option("--job", help="how the bank's adapters were trained")] = "bank",
     set_: SetOption = [],
     rows: Annotated[int, typer.Option("--rows", min=1, help="held-out rows of each task")] = 16,
+    tasks: TasksOption = None,
     variant: Annotated[str, typer.Option("--variant", help="linear, or decoder: the network of arXiv 2506.16406")] = (
         "linear"
     ),
@@ -303,7 +309,7 @@ def fit(
     """Learn from a bank which of its directions a data set needs, and judge it on each task left out.
 
     `adapt --rule learned` uses it, where it beats `adapt` on tasks that it had not seen; the verdict is kept beside the
-    bank.  Each task takes a minute or more.
+    bank.  Each task takes a minute or more; run again after it was stopped, it measures the tasks that are left.
 
     Example: orchestrator bank generator fit --rows 12
     """
@@ -313,7 +319,8 @@ def fit(
     known: dict[str, Variant] = {one: one for one in VARIANTS}
     if variant not in known:
         raise JobError(f"--variant {variant!r} is not one of {', '.join(VARIANTS)}")
-    found = fit_generator(load_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, known[variant], say)
+    runs = resolve_path(runs, "--runs", kind="folder")
+    found = fit_generator(load_job(job, set_), runs, rows, known[variant], say, tasks)
     if json_:
         print_json(found)
         return

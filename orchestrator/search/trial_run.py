@@ -52,10 +52,10 @@ class TrialRun:
     def step(self) -> dict[str, Any]:
         """Train to the next rung and report."""
         began, seat = time.perf_counter(), self._seat
-        before = (seat.waited_s, seat.computed_s) if seat else None
+        before = seat.others_s if seat else 0.0
         loss, quality, ended, error = self._train()
-        if seat and before:
-            self._own_s += time.perf_counter() - began - (seat.waited_s - before[0]) + (seat.computed_s - before[1])
+        if seat:
+            self._own_s += time.perf_counter() - began - (seat.others_s - before)
         return self._report(loss, quality, ended, error)
 
     def failed(self, error: BaseException) -> dict[str, Any]:

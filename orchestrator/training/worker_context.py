@@ -56,18 +56,13 @@ class RunSeat(Protocol):
         ...
 
     @property
-    def computed_s(self) -> float:
-        """Its part of the passes so far."""
-        ...
-
-    @property
     def num_workers(self) -> int:
         """Of this machine that train side by side."""
         ...
 
     @property
-    def waited_s(self) -> float:
-        """For passes so far, its part of them included."""
+    def others_s(self) -> float:
+        """Seconds so far in which other runs of this process were computed while it waited."""
         ...
 
     def copy_base(self, load: Callable[[], Any]) -> Any:

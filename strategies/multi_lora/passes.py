@@ -98,6 +98,11 @@ class JointPasses(SequentialPasses):
             raise backlog.error
         return backlog.loss
 
+    @property
+    def others_s(self) -> float:
+        """Seconds in which other jobs were computed while it waited."""
+        return self.waited_s - self.computed_s
+
     def times(self) -> None:
         """None: it waits for no other worker."""
 

@@ -24,7 +24,7 @@ from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
 # packing_error of a model that does not leak stays below
-_ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
 def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:
@@ -59,6 +59,26 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
     )
 
 
+def fastest_on_cpu(model: Any, rows: int) -> Techniques:
+    """How `rows` samples at a time go through an fp32 model on the CPU: end to end, their common beginnings once.
+
+    Padded where this model computes something else then.  Sets the model's attention.
+    """
+    padded = Techniques("float32", "sdpa", False, False, rows, 1)
+    model.eval()
+    try:
+        model.set_attn_implementation(document_attention.NAME)
+        if document_attention.packing_error(model) < ROUNDING["float32"]:
+            packed = dataclasses.replace(padded, attn_implementation=document_attention.NAME, packing=True)
+            shares = _fault_of_trees(model, packed, model.device) is None
+            return dataclasses.replace(packed, share_prefixes=shares)
+    except (ValueError, TypeError, RuntimeError) as refusal:
+        if is_out_of_memory(refusal):
+            raise
+    model.set_attn_implementation("sdpa")
+    return padded
+
+
 def _fault_of(model: Any, name: str, context: WorkerContext, techniques: Techniques) -> str | None:
     """Why an attention cannot be used for packed rows of this model; None where it can.
 
@@ -77,7 +97,7 @@ def _fault_of(model: Any, name: str, context: WorkerContext, techniques: Techniq
         "documents",
         f"logits over their spread: three short documents in one row with {name} attention, and apart",
         error,
-        _ROUNDING[techniques.dtype],
+        ROUNDING[techniques.dtype],
         f"another order of sums in {techniques.dtype}",
     )
     context.record(proof)
@@ -105,7 +125,7 @@ def _fault_of_trees(model: Any, techniques: Techniques, device: torch.device) ->
         return "the model drops activations at random, a shared one for several rows at once"
     with autocast(device.type, techniques.dtype):
         error = document_attention.sharing_error(model)
-    return None if error < _ROUNDING[techniques.dtype] else "the model sees more of a row than its own beginning"
+    return None if error < ROUNDING[techniques.dtype] else "the model sees more of a row than its own beginning"
 
 
 def with_known_layers(setup: TrainSetup, techniques: Techniques, context: WorkerContext) -> Techniques:
@@ -151,7 +171,7 @@ def _fault_of_skipping(model: Any, lower: LowerLayers, techniques: Techniques, d
         return "below the first layer that trains activations are dropped at random"
     with autocast(device.type, techniques.dtype):
         error = _skipping_error(model, lower)
-    return None if error < _ROUNDING[techniques.dtype] else "its upper layers see more than what the lower ones hand on"
+    return None if error < ROUNDING[techniques.dtype] else "its upper layers see more than what the lower ones hand on"
 
 
 @torch.no_grad()

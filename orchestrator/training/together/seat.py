@@ -89,14 +89,9 @@ class SharedSeat:
         return self._shared.memory
 
     @property
-    def computed_s(self) -> float:
-        """Of passes, by its tokens of each."""
-        return self._passes.computed_s if self._passes else 0.0
-
-    @property
-    def waited_s(self) -> float:
-        """For passes, its part of them included."""
-        return self._passes.waited_s if self._passes else 0.0
+    def others_s(self) -> float:
+        """Seconds so far in which other runs of this process were computed while it waited."""
+        return self._passes.others_s if self._passes else 0.0
 
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """Modules of its own over the base's tensors."""

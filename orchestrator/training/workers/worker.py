@@ -136,10 +136,8 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
         ) from error
     seconds, peak = time.perf_counter() - started, peak_bytes(context.device)
     spent = meter.read()
-    # Others computed meanwhile, in this process and beside it.
-    seat, part = context.seat, 1.0
-    if seat:
-        part = (seconds - seat.waited_s + seat.computed_s) / seconds / seat.num_workers
+    seat = context.seat  # where others compute meanwhile, in this process and beside it
+    part = (seconds - seat.others_s) / seconds / seat.num_workers if seat else 1.0
     energy = result.sum_energy(context.group.gather({**vars(spent), "wh": part * spent.wh} if spent else None))
     return TrainingOutcome(progress, first_step, seconds, peak, energy)
 

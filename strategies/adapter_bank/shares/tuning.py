@@ -61,7 +61,8 @@ class TunableSum:
         part_R = torch.cat([torch.full((one.rank,), place) for place, one in there])
 
         def corrected(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return output + ((inputs[0] @ a_RI.T) * self.shares_MP[row, part_R]) @ b_OR.T
+            hidden_TR = (inputs[0].flatten(0, -2) @ a_RI.T) * self.shares_MP[row, part_R]
+            return torch.addmm(output.flatten(0, -2), hidden_TR, b_OR.T).view_as(output)
 
         return corrected
 

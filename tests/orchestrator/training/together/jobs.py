@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ class Trained:
     saved: dict[int, tuple[TrainState, dict[str, Any]]] = field(default_factory=dict)
     progress: Progress | None = None
     setup: TrainSetup | None = None
+    own_s: float = 0.0  # of the clock, in a row with others
 
 
 def load(folder, **arguments):
@@ -141,9 +143,10 @@ def together(model, data_folder, jobs, starts=None, places=99, prepare=None, wat
             setup = set_up(base.copy(), job)
             passes, why = row.join(job.name, setup, turn)
             assert why is None, why
-            setup.passes = passes
+            setup.passes, began = passes, time.perf_counter()
             try:
                 found[job.name] = run(setup, data_folder, job, (starts or {}).get(job.name))
+                found[job.name].own_s = time.perf_counter() - began - passes.others_s
             finally:
                 passes.leave()
 

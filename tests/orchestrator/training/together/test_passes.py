@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import torch
@@ -65,10 +66,13 @@ MIXED = [
 
 
 def test_unlike_jobs_in_one_row_train_as_each_does_alone(model_folder, data_folder, whole):
-    rows = []
-    found = together(load(model_folder), data_folder, MIXED, watch=rows.append)
+    rows, model, began = [], load(model_folder), time.perf_counter()
+    found = together(model, data_folder, MIXED, watch=rows.append)
+    seconds = time.perf_counter() - began
 
     assert max(map(len, rows)) == len(MIXED)  # they did share rows
+    assert 0.5 * seconds < sum(found[job.name].own_s for job in MIXED) <= seconds  # no second is two jobs' own
+    assert min(found[job.name].own_s for job in MIXED) > 0
     for job in MIXED:
         assert len(found[job.name].losses) == job.steps
         assert farthest(found[job.name], whole[job.name]) <= 1e-5, job.name
