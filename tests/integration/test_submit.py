@@ -13,7 +13,7 @@ from tests.cli import called
 from tests.conftest import rows, write_jsonl
 from tests.processes import kill, orchestrator, outcome, start, wait_for
 
-NUM_STEPS = 300
+NUM_STEPS = 180
 DOWN = "http://127.0.0.1:9"  # an MLflow server that nobody runs
 
 
