@@ -144,16 +144,16 @@ class Fit:
     near: Neighbours
     grams: Grams
     setting: FitSetting
-    variant: Variant  # that labelled rows then move
+    variant: Variant
 
-    def shares(self, variant: Variant, place: int, shuffled: bool = False) -> Shares:
+    def shares(self, place: int, shuffled: bool = False) -> Shares:
         """For the data set at a place by a generator that has not seen it; shuffled: each with another's adapter."""
         keep = [other for other in range(len(self.near.cards)) if other != place]
         evidence = list(self.near.evidence)
         if shuffled:
             for at, other in enumerate(keep):
                 evidence[other] = self.near.evidence[keep[at - 1]]
-        return shares_of(variant, self.setting, evidence, self.grams, keep, self.near.evidence[place])
+        return shares_of(self.variant, self.setting, evidence, self.grams, keep, self.near.evidence[place])
 
 
 def _left_out(trial: AdapterTrial, fit: Fit, job: Job, place: int, task: Task) -> dict[str, float]:
@@ -170,10 +170,9 @@ def _left_out(trial: AdapterTrial, fit: Fit, job: Job, place: int, task: Task) -
         "uniform": trial.loss(data, combine(others.adapters, numpy.full(count, 1 / count))),
         "distance": trial.loss(data, combine(others.adapters, by_distance.shares_N)),
     }
-    made = {variant: fit.shares(variant, place) for variant in VARIANTS}
-    ways = {**made, "shuffled": fit.shares(fit.variant, place, shuffled=True)}
+    ways = {fit.variant: fit.shares(place), "shuffled": fit.shares(place, shuffled=True)}
     losses |= {way: trial.loss(data, combine_by_map(parts, shares)) for way, shares in ways.items()}
-    learned = Start.of_maps(made[fit.variant])
+    learned = Start.of_maps(ways[fit.variant])
     for way, start, rule in (("adapt", by_distance, asked.rule), ("learned", learned, "learned")):
         chosen = choose_shares(trial, task.rows, others, start, distances, rule)
         losses[way] = trial.loss(data, chosen.sum_of(others))

@@ -8,7 +8,7 @@ from clusters.safe.cache import cache_folder
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.runs.events import Note
-from orchestrator.training.model.kernels import with_known_layers, without_leaks
+from orchestrator.training.model.kernels import fastest_on_cpu, with_known_layers, without_leaks
 from orchestrator.training.worker_context import WorkerContext
 from strategies.reuse.kept_states import StatesOnDisk
 from strategies.step import document_attention
@@ -85,6 +85,16 @@ def test_where_nothing_keeps_documents_apart_rows_are_padded_or_the_job_that_ask
     assert not found.packing and "unexpected argument" in notes[-1] and notes[-1].endswith("rows are padded instead")
     with pytest.raises(JobError, match=r"data.packing: document attention: .* Set data.packing: false"):
         checked(model, job(tmp_path, model_folder, packing="true"))
+
+
+def test_rows_are_tried_end_to_end_with_common_beginnings_once_or_padded_where_the_model_refuses(model):
+    found = fastest_on_cpu(model, 8)
+    refuses(model, "document", TypeError("forward() got an unexpected keyword argument"))
+    padded = fastest_on_cpu(model, 8)
+
+    assert (found.attn_implementation, found.packing, found.share_prefixes) == ("document", True, True)
+    assert (padded.attn_implementation, padded.packing, padded.share_prefixes) == ("sdpa", False, False)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_common_beginnings_are_computed_once_where_the_model_keeps_to_them(model, model_folder, tmp_path):
