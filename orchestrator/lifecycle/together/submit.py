@@ -22,6 +22,7 @@ from orchestrator.lifecycle.run import HeldRun, LiveRun, check_result, complete,
 from orchestrator.lifecycle.together.share import Sharing, share
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import ErrorReport
+from orchestrator.runs.mirror.tracking import Mirrors
 from orchestrator.runs.run_folder import RunFolder
 
 Outcome = RunFolder | OrchestratorError
@@ -181,10 +182,12 @@ def _watch(workers: Sequence[WorkerRuns], slot: dict[str, float]) -> list[BaseEx
     def train() -> None:
         errors.extend(run_side_by_side([start(worker) for worker in workers]))
 
+    mirrors = Mirrors([live.mirror for live in _runs_of(workers)])
+
     def poll() -> None:
         for live in _runs_of(workers):
             live.report()
-            live.mirror.send_if_due()
+        mirrors.send_if_due()
 
     def interrupt() -> None:
         for live in _runs_of(workers):

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -36,6 +36,7 @@ from orchestrator.runs.search_folder import SearchFolder
 
 _loading = Lock()
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
+_PART = 20  # of a driver's time at most one in so many seconds is spent on sending
 
 
 class Mirror:
@@ -47,7 +48,9 @@ class Mirror:
         self._local: LocalTrackers | None = None
         self._has_failed = False  # a tracker beside the run
         self._system: Any = None  # MLflow's monitor of this machine
-        self._next = time.monotonic() + _FIRST_S
+        self._sent_to = -1  # the end of the events when they were sent last
+        self.watches_machine = True
+        self.due_at = time.monotonic() + _FIRST_S
         self.offset_at_start = run.end_of_events()
 
     def load(self) -> None:
@@ -56,13 +59,15 @@ class Mirror:
             _load()
 
     def send_if_due(self) -> None:
-        """Send what is new if the last time was long enough ago."""
-        if time.monotonic() < self._next:
+        """Send what is new, if anything is, where the last time was long enough ago."""
+        if time.monotonic() < self.due_at:
             return
-        if self._wanted:
-            self._send("running")
-        self._send_locally()
-        self._next = time.monotonic() + _EVERY_S
+        end = self._run.end_of_events()
+        if end != self._sent_to:
+            if self._wanted:
+                self._send("running")
+            self._send_locally()
+        self._sent_to, self.due_at = end, time.monotonic() + _EVERY_S
 
     def finish(self) -> None:
         """Send the rest, with the artifacts and how the run ended; no word of an end: it was interrupted."""
@@ -109,7 +114,7 @@ class Mirror:
         """Send, and begin to watch the machine of a run that goes on for longer than the first minute."""
         sender = RunSender(self._run, self._job, uri)
         sender.send(state)
-        if state == "running" and self._system is None:
+        if state == "running" and self._system is None and self.watches_machine:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             nodes = {node.node for node in self._run.plan().nodes}
@@ -117,6 +122,22 @@ class Mirror:
             run_id = sender.sent.mlflow_run_id
             self._system = SystemMetricsMonitor(run_id, resume_logging=True, node_id=name, tracking_uri=uri)
             self._system.start()
+
+
+class Mirrors:
+    """Those of runs that train in one process: they take turns, and the first alone watches the machine."""
+
+    def __init__(self, mirrors: Sequence[Mirror]) -> None:
+        self._mirrors, self._next = mirrors, 0.0
+        for mirror in mirrors[1:]:
+            mirror.watches_machine = False
+
+    def send_if_due(self) -> None:
+        """Have the one send that has waited for longest."""
+        if (began := time.monotonic()) < self._next:
+            return
+        min(self._mirrors, key=lambda mirror: mirror.due_at).send_if_due()
+        self._next = began + _PART * (time.monotonic() - began)
 
 
 def sync(run: RunFolder, job: Job, experiment: str | None = None, state: str | None = None) -> str:

@@ -221,6 +221,32 @@ def test_a_relative_file_stays_where_it_was_first_written(store, run_of, tmp_pat
     assert tracking.sync(run, job) == uri and not (tmp_path / "mlflow.db").exists()
 
 
+def test_mirrors_of_one_driver_take_turns_send_only_what_is_new_and_watch_the_machine_once(store, run_of, monkeypatch):
+    client, uri = store
+    now = [0.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    runs, jobs = zip(*(run_of(uri, name=name) for name in ("first", "second")), strict=True)
+    each = [tracking.Mirror(run, job) for run, job in zip(runs, jobs, strict=True)]
+    mirrors = tracking.Mirrors(each)
+    mirrors.send_if_due()
+    assert not any(Sent.of(run) for run in runs)  # not in the first minute
+
+    now[0] = 61.0
+    mirrors.send_if_due()
+    assert [Sent.of(run) is not None for run in runs] == [True, False]
+    mirrors.send_if_due()
+    assert [steps_of(client, run) for run in runs] == [[1], [1]]
+    assert [mirror._system is not None for mirror in each] == [True, False]
+
+    each[0].close("finished")  # its monitor writes to the store
+    report(runs[1], 2)
+    client.delete_run(Sent.of(runs[0]).mlflow_run_id)
+    now[0] = 92.0
+    mirrors.send_if_due()  # the first has nothing new: it would find that its run is gone
+    mirrors.send_if_due()
+    assert steps_of(client, runs[1]) == [1, 2] and not list(runs[0].events_of(TrackingReport))
+
+
 @pytest.mark.filterwarnings("ignore:Query string argument")
 def test_a_password_stands_in_no_file_but_the_job_and_is_shown_nowhere(store, run_of, capfd):
     """A server that refuses, and a store that takes it: everything that is written or printed is looked through."""
