@@ -132,18 +132,19 @@ class HardwareChanged(RunFailed):
 
 
 class Diverged(RunFailed):
-    """The loss of a step is NaN or infinite."""
+    """The loss of a step, or a gradient of it, is NaN or infinite; `step` counts from 0."""
 
-    def __init__(self, step: int, sample_ids: Sequence[int]) -> None:
-        self.step, self.sample_ids = step, list(sample_ids)
+    def __init__(self, step: int, sample_ids: Sequence[int], has_loss: bool = False) -> None:
+        self.step, self.sample_ids, self.has_loss = step, list(sample_ids), has_loss
         shown = ", ".join(str(sample) for sample in self.sample_ids[:20])
         way = "Lower train.learning_rate or train.max_grad_norm, or set model.dtype: float32"
         if step == 0:
             way = "Nothing was trained before it: the weights hold no finite numbers, or the type is too narrow. Fetch"
             way += " the model again, or set model.dtype: float32"
-        super().__init__(
-            f"the loss of step {step} is not a number (samples {shown}). {way}; `inspect --row N` shows a sample"
-        )
+        text = f"the loss of step {step + 1} is not a number (samples {shown})"
+        if has_loss:
+            text = f"a gradient of step {step + 1} is not a number, though its loss is (samples {shown})"
+        super().__init__(f"{text}. {way}; `inspect --row N` shows a sample")
 
-    def __reduce__(self) -> tuple[type, tuple[int, list[int]]]:  # crosses process borders with its fields
-        return type(self), (self.step, self.sample_ids)
+    def __reduce__(self) -> tuple[type, tuple[int, list[int], bool]]:  # crosses process borders with its fields
+        return type(self), (self.step, self.sample_ids, self.has_loss)

@@ -5,6 +5,7 @@ step-00000040/  weights.safetensors  optimizer.safetensors  state.json  manifest
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,12 @@ def whole(folder: Path) -> Path | None:
 def choose(folder: Path, losses: Mapping[int, float], last_step: int) -> ChosenStep:
     """The step of the lowest held-out loss whose weights are there: those of `last_step` are in memory.
 
-    `losses` are those measured on the way, by step; checkpoints are verified from the best on.
+    `losses` are those measured on the way, by step; one that is no number is never the lowest.  Checkpoints are
+    verified from the best on.
     """
     reason, best = None, None
-    for step, loss in sorted(losses.items(), key=lambda pair: (pair[1], pair[0])):
+    finite = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    for step, loss in sorted(finite.items(), key=lambda pair: (pair[1], pair[0])):
         path = folder / f"step-{step:08d}"
         best = best or path.name
         damage = None if step == last_step else verify(path)

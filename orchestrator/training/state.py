@@ -8,6 +8,7 @@ Training   all of them with the model, the data and the group: what every step w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -89,9 +90,9 @@ class Progress:
         self.computed_tokens += min(num_tokens, num_computed)
 
     def add_eval_loss(self, eval_loss: float, patience: int | None) -> bool:
-        """Note the held-out loss after this step; whether it is the lowest so far."""
+        """Note the held-out loss after this step; whether it is the lowest so far, which NaN never is."""
         self.eval_losses[str(self.step)] = eval_loss
-        improved = self.best_loss is None or eval_loss < self.best_loss
+        improved = math.isfinite(eval_loss) and (self.best_loss is None or eval_loss < self.best_loss)
         if improved:
             self.best_loss, self.evaluations_without_gain = eval_loss, 0
         else:
@@ -206,8 +207,9 @@ class Training:
         if not self.scaler.is_enabled() or now["scale"] >= before["scale"]:
             return None
         if before["scale"] <= 1.0:
-            raise Diverged(step, sample_ids)
-        return f"step {step}: a gradient left fp16's range at a loss scale of {before['scale']:g}, now {now['scale']:g}"
+            raise Diverged(step, sample_ids, has_loss=True)
+        was, new = before["scale"], now["scale"]
+        return f"step {step + 1}: a gradient left fp16's range at a loss scale of {was:g}, now {new:g}"
 
     def use_less_memory(self, error: str | None) -> None:
         """Switch this worker to the next way that takes less memory.  Raises NothingFits where there is none.

@@ -21,6 +21,7 @@ import torch
 from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
+from orchestrator.errors import Diverged
 from orchestrator.runs.events import BetweenReport, LearningReport
 from orchestrator.training.evaluate import divergence_of, look_at, observe_rows, sample_losses
 from orchestrator.training.feed import micro_batches_of
@@ -258,7 +259,8 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
     """Move the weights by the summed gradients; returns the gradients' norm.
 
     Whether it went through everywhere is learnt during the next step, unless the weights are needed before
-    (`is_awaited`).  Raises NothingFits where it fits nowhere.
+    (`is_awaited`).  Raises NothingFits where it fits nowhere, and Diverged, everywhere, where a gradient is not finite:
+    before anything is saved, so that the last checkpoint is sound.
     """
     grad_norm, between, updates = math.nan, training.setup.between, training.updates
     ready = partial(between.gradients_ready, step) if between else None
@@ -268,6 +270,8 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
             grad_norm = training.local.outer_step(step)
         else:
             grad_norm = update(training.setup, training.scaler, training.schedule.update(step), ready).item()
+        if not training.scaler.is_enabled() and not 0 <= grad_norm < math.inf:  # DeepSpeed's is -1 then
+            raise Diverged(step, training.order.sample_ids(step), has_loss=True)
     if shortage.reason is not None:
         if not updates.are_shared:
             raise update_does_not_fit(shortage.reason, updates.why_not_repaired)
@@ -319,7 +323,7 @@ def _learn(training: Training, samples: StepSamples) -> None:
     sample_ids, learnt = _rows_to_learn_from(training, samples), None
     while learnt is None:
         with catch_out_of_memory() as shortage:
-            learnt = _learn_once(training, sample_ids)
+            learnt = _learn_once(training, samples.step, sample_ids)
         if shortage.reason is not None:
             training.use_less_memory(shortage.reason)
     training.hooks.record(LearningReport.of(samples.step, learnt))
@@ -337,8 +341,10 @@ def _rows_to_learn_from(training: Training, samples: StepSamples) -> list[int]:
     return list(dict.fromkeys(found))[: learner.rows]
 
 
-def _learn_once(training: Training, sample_ids: Sequence[int]) -> dict[str, Any]:
-    learner, techniques, started = training.setup.learner, training.techniques, time.perf_counter()
+def _learn_once(training: Training, step: int, sample_ids: Sequence[int]) -> dict[str, Any]:
+    """Passes that depend on the step and the samples alone, not on how these are laid out or what ran before."""
+    setup, techniques, started = training.setup, training.techniques, time.perf_counter()
+    learner, objective, num_counted = setup.learner, setup.objective, training.data.num_counted(sample_ids)
     assert learner
     if learner.num_looks:
         techniques = replace(techniques, share_prefixes=False)  # it looks at documents, each whole
@@ -350,7 +356,14 @@ def _learn_once(training: Training, sample_ids: Sequence[int]) -> dict[str, Any]
         batch = collate(training.data, group, techniques.packing, techniques.share_prefixes).to(training.device)
         learner.watch(batch)
         if learner.num_looks:
-            look_at(training.setup, training.data, batch, techniques)
-        else:
-            forward_backward(training.setup, batch, max(1, batch.targets_S.numel()), techniques, training.scaler)
+            look_at(setup, training.data, batch, techniques)
+            continue
+        if setup.noise:
+            setup.noise.begin(step)
+        training.random.begin(f"{training.schedule.seed}/{step}/learn/{group[0]}")
+        if objective:
+            objective.begin(num_counted, training.data.num_chosen_tokens(sample_ids))
+        forward_backward(setup, batch, max(1, num_counted), techniques, training.scaler)
+        if objective:
+            objective.take()
     return {**learner.end_learning(), "seconds": round(time.perf_counter() - started, 2)}

@@ -33,6 +33,7 @@ _ROWS, _TOKENS = 2, 32  # of the batch that is compared
 # Largest difference of two logits over the largest logit.  The same weights in the same precision differ by the order
 # of sums at most; weights that were rounded to another precision differ by that rounding.
 _SAME = {"float32": 1e-4, "bfloat16": 2**-6, "float16": 2**-9}
+_GO_BACK = "Lower train.learning_rate or set model.dtype: float32, and submit it again"
 _ROUNDED = {"float32": 1e-3, "bfloat16": 2**-4, "float16": 2**-7}
 
 
@@ -46,6 +47,7 @@ class Portrait:
     attention: str  # kernel that both must use
     weights: Mapping[str, str]  # trained weight -> digest of its numbers in fp32
     bytes: int  # of the whole model
+    broken: str | None = None  # the first trained weight that is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def portrait_of(
         {name: digest(weight) for name, weight in parameters.items()},
         # DeepSpeed's stage 3 leaves empty parameters that remember their size.
         sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in [*model.parameters(), *model.buffers()]),
+        next((name for name, weight in parameters.items() if not weight.isfinite().all()), None),
     )
 
 
@@ -143,10 +146,14 @@ def compare(
     """Compare what was written to `folder`, and the model that `load(attention)` makes of it, with a portrait.
 
     A weight may be loaded in less precision than it was trained and written in; then the tolerance is that of rounding.
-    Raises RunFailed naming the first trained weight that is another, or the largest difference of the logits; an
-    out-of-memory error where the model does not fit.
+    Raises RunFailed naming the first trained weight that is no number or another, or the largest difference of the
+    logits; an out-of-memory error where the model does not fit.
     `is_rounded`: the trained model computed with weights of more or less precision than those that are handed back.
     """
+    if portrait.broken is not None:
+        raise RunFailed(f"the training left weights that are no numbers, the first is {portrait.broken}. {_GO_BACK}")
+    if portrait.dtype != "float16" and not portrait.logits_BTV.isfinite().all():
+        raise RunFailed(f"the trained model computes logits that are no numbers. {_GO_BACK}")
     try:
         model = load(portrait.attention)
     except Exception as error:  # transformers, PEFT and safetensors raise anything

@@ -255,6 +255,8 @@ def test_the_best_checkpoint_that_verifies_is_chosen(interrupted, put_back):
     next_best = checkpoints.choose(interrupted.checkpoints, losses, 4)
 
     assert (choice.step, choice.reason) == (2, None)
+    unknown = checkpoints.choose(interrupted.checkpoints, {1: float("nan"), 3: 2.0, 4: float("nan")}, 4)
+    assert (unknown.step, unknown.eval_loss, unknown.instead_of) == (3, 2.0, None)
     assert (next_best.step, next_best.instead_of) == (3, "step-00000002")
     assert "weights.safetensors has changed" in next_best.reason
     text = handed_back_text(HandedBack("adapter", **vars(next_best)))

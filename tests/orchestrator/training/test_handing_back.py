@@ -75,6 +75,23 @@ def test_a_merged_model_has_the_precision_of_its_base(job_file, model_folder, tm
     assert 0 < found.largest_difference < found.tolerance
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_are_no_numbers_are_not_handed_back(dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from strategies.step import document_attention
+
+    document_attention.register()
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    portrait = agreement.portrait_of(model, dict(model.named_parameters()), agreement.probe(None, 32), dtype)
+
+    with pytest.raises(RunFailed, match=r"weights that are no numbers, the first is model\.norm\.weight\. Lower"):
+        agreement.compare(portrait, None, lambda attention: model, "it")
+
+
 def spoil(change):
     """An export that writes something else than was trained: a fault of a library, as the check would meet it."""
     write = export.write

@@ -259,6 +259,32 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_f
     assert sorted(caught.value.sample_ids) == sorted(order.sample_ids(0))
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_a_number_stops_before_anything_is_saved(model_folder, data_folder, max_grad_norm):
+    saved, passes = [], []
+
+    def spoil(setup, data):
+        def infinite_in_the_third(gradient):
+            passes.append(1)
+            return gradient * (float("inf") if len(passes) == 3 else 1.0)
+
+        next(iter(setup.parameters.values())).register_hook(infinite_in_the_third)
+
+    with pytest.raises(Diverged, match="a gradient of step 3 is not a number, though its loss is") as caught:
+        run(
+            model_folder,
+            data_folder,
+            dataclasses.replace(ONE_BY_ONE, per_device_train_batch_size=8),
+            before=spoil,
+            save=lambda now: saved.append(now.step) or "x",
+            save_steps=1,
+            max_grad_norm=max_grad_norm,
+        )
+
+    assert (saved, caught.value.step) == ([1, 2], 2)
+    assert sorted(caught.value.sample_ids) == sorted(Order(24, 8, seed=5, num_train_epochs=1).sample_ids(2))
+
+
 def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder):
     saved = []
     document_attention.register()

@@ -1,6 +1,7 @@
 """When a training evaluates and saves, and what its progress remembers."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -30,6 +31,16 @@ def test_the_best_loss_is_kept_and_patience_ends_the_training():
     assert improved == [True, True, False, False]
     assert (progress.best_loss, progress.stopped) == (2.0, "early")
     assert progress.eval_losses == {"1": 3.0, "2": 2.0, "3": 2.5, "4": 2.0}
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best():
+    progress, improved = Progress(), []
+    for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, math.inf], start=1):
+        progress.step = step
+        improved.append(progress.add_eval_loss(loss, patience=2))
+
+    assert improved == [False, True, False, True, False]
+    assert (progress.best_loss, progress.evaluations_without_gain, progress.stopped) == (2.0, 1, None)
 
 
 @pytest.mark.parametrize(("stopped", "after"), [("early", "early"), ("asked", None), ("replan", None), (None, None)])
