@@ -44,6 +44,14 @@ class OptimizerFacts:
             found.append(f"train.adam_beta1 is 0, and {name} averages by it: raise it (0.9)")
         return found
 
+    @property
+    def follows_entries(self) -> bool:
+        """Whether each number of its state is one of a vector's entries in fp32, so that it can move with the entry.
+
+        Not codes of 8 bits, AdEMAMix's two moments in one tensor, or averages of weights.
+        """
+        return not self.averages and self.state_bytes in (0.0, 4.0, 8.0)
+
     def bytes_of(self, num_trainable: int, num_outside: int) -> float:
         """State of so many trained parameters, some of which are no matrices of layers."""
         outside = self.state_bytes if self.outside_bytes is None else self.outside_bytes

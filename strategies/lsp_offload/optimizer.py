@@ -325,8 +325,9 @@ class LspAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _move(self, weight: torch.Tensor, change: torch.Tensor, rate: float, at: tuple[int, int]) -> None:
-        """W <- (1 - lr wd) W + lr change."""
-        moved = weight.float() * (1 - rate * self.numbers.weight_decay) + rate * change
+        """W <- (1 - lr wd) W + lr change; vectors, which are norms and biases here, do not decay."""
+        decay = self.numbers.weight_decay if weight.dim() > 1 else 0.0
+        moved = weight.float() * (1 - rate * decay) + rate * change
         if weight.dtype == torch.bfloat16:
             generator = torch.Generator(weight.device).manual_seed(self._seed_of(*at))
             moved = round_at_random(moved, generator)

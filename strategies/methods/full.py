@@ -68,13 +68,15 @@ class Full(PredictedMethod):
         return "float32"  # master weights: autocast computes in the planned precision
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
-        from strategies.model.heads import outside_layers
+        from strategies.model.heads import outside_layers, undecayed
         from strategies.step.optimizers import build_optimizer
         from strategies.step.state import save_model
 
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
-        optimizer = build_optimizer([{"params": list(parameters.values())}], settings, outside_layers(model))
+        optimizer = build_optimizer(
+            [{"params": list(parameters.values())}], settings, outside_layers(model), undecayed(model)
+        )
         return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_format="model")
 
 

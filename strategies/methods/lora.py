@@ -330,7 +330,7 @@ class Lora(PredictedMethod):
         from peft import get_peft_model
 
         from strategies.methods.lora_start import CordaStart, EvaStart, start_from
-        from strategies.model.heads import outside_layers
+        from strategies.model.heads import outside_layers, undecayed
         from strategies.step.optimizers import build_optimizer
         from strategies.step.state import save_adapter
         from strategies.techniques.lora_algebra import fuse
@@ -356,7 +356,10 @@ class Lora(PredictedMethod):
         slow = [p for name, p in parameters.items() if "lora_B" not in name]
         ratio = self.loraplus_lr_ratio or 1.0
         optimizer = build_optimizer(
-            [{"params": slow}, {"params": fast, "lr_factor": ratio}], settings, outside_layers(peft_model)
+            [{"params": slow}, {"params": fast, "lr_factor": ratio}],
+            settings,
+            outside_layers(peft_model),
+            undecayed(peft_model),
         )
 
         learner = EvaStart(peft_model, self.lora_r, self.eva_rows) if self.init_lora_weights == "eva" else None

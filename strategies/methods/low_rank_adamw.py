@@ -5,7 +5,7 @@ All state is tensors by weight, so a checkpoint holds it.  Shapes: M N sides of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,9 +36,11 @@ class LowRankAdamW(torch.optim.Optimizer):
         rest: Sequence[torch.nn.Parameter],
         window: Window,
         settings: TrainSettings,
+        undecayed: Collection[torch.nn.Parameter] = (),
     ) -> None:
         rates = {"lr": settings.learning_rate, "base_lr": settings.learning_rate}
         self.window, self._settings = window, settings
+        self._undecayed = {id(parameter) for parameter in undecayed}
         self._place = {parameter: place for place, parameter in enumerate(seen)}
         super().__init__([{"params": list(part), **rates} for part in (seen, rest) if part], {})
 
@@ -63,7 +65,8 @@ class LowRankAdamW(torch.optim.Optimizer):
             window_SR = self._window(state, gradient_LS, place, number)
             change_LS = self._galore(state, gradient_LS, window_SR)
             change = change_LS.T if is_wide else change_LS
-        parameter.mul_(1 - rate * self._settings.weight_decay)
+        if id(parameter) not in self._undecayed:
+            parameter.mul_(1 - rate * self._settings.weight_decay)
         parameter.sub_((rate * change).to(parameter.dtype))
 
     def _galore(

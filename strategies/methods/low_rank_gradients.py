@@ -61,6 +61,7 @@ class Galore(Full):
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         from strategies.methods.low_rank_adamw import LowRankAdamW, Window
+        from strategies.model.heads import undecayed
         from strategies.step.state import save_model
 
         model.requires_grad_(True)
@@ -76,7 +77,7 @@ class Galore(Full):
             )
         taken = {id(p) for p in seen}
         rest = [p for p in parameters.values() if id(p) not in taken]
-        optimizer = LowRankAdamW(seen, rest, window, settings)
+        optimizer = LowRankAdamW(seen, rest, window, settings, undecayed(model))
         return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_format="model", notes=notes)
 
 

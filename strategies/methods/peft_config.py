@@ -155,7 +155,7 @@ class PeftMethod(PredictedMethod):
         import torch
         from peft import get_peft_model
 
-        from strategies.model.heads import outside_layers
+        from strategies.model.heads import outside_layers, undecayed
         from strategies.step.optimizers import build_optimizer
         from strategies.step.state import save_adapter
         from strategies.techniques.precision import train_in_fp32
@@ -169,7 +169,9 @@ class PeftMethod(PredictedMethod):
         notes = dict.fromkeys(f"PEFT: {first_line(str(one.message))}" for one in messages)
         train_in_fp32(peft_model)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        optimizer = build_optimizer([{"params": list(parameters.values())}], settings, outside_layers(peft_model))
+        optimizer = build_optimizer(
+            [{"params": list(parameters.values())}], settings, outside_layers(peft_model), undecayed(peft_model)
+        )
 
         export = partial(save_adapter, peft_model)
         return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-other", notes=tuple(notes))

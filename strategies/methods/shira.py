@@ -16,6 +16,7 @@ from strategies.export import Export
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.model.targets import resolve_targets
+from strategies.optimizers import OPTIMIZERS
 from strategies.shape import ModelShape
 from strategies.stage_shape import workload_of_stage
 from strategies.train_setup import TrainSettings, TrainSetup
@@ -65,6 +66,11 @@ class Shira(MethodDefaults):
             return "SHiRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.dtype == "float16" and self.mask == "sensitivity":
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
+        if self.reselect_every and not OPTIMIZERS[techniques.optim].follows_entries:
+            return (
+                f"entries chosen anew take their optimizer state along, which {techniques.optim} keeps in another form:"
+                " set train.optim: auto, or remove method.reselect_every"
+            )
         if self.reselect_every and self.mask == "random":
             return "random entries are not chosen anew: remove method.reselect_every, or set method.mask: sensitivity"
         if techniques.stage and self.mask == "sensitivity":

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, V vocabulary, H hidden size, D documents.
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 from strategies.shape import SCORE
@@ -14,10 +15,18 @@ if TYPE_CHECKING:  # planning looks at heads of models that nobody built
     import torch
 
 
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
 def inner_model(model: Any) -> Any:
     """The model without an engine or an adapter around it."""
     model = getattr(model, "module", model)  # an engine's
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def masked_kernel(model: Any) -> str:
+    """The attention for padded rows: torch's fused one, or `eager` where the model's code has no other (Gemma 2)."""
+    return "sdpa" if getattr(inner_model(model), "_supports_sdpa", True) else "eager"
 
 
 def cache_keyword(model: Any) -> str:
@@ -40,6 +49,17 @@ def outside_layers(model: Any) -> list[Any]:
     inner = inner_model(model)
     parts = (inner.get_input_embeddings(), output_of(inner))
     return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
+
+def undecayed(model: Any) -> list[Any]:
+    """Norms and biases, from which transformers' Trainer keeps weight decay (its get_decay_parameter_names)."""
+    from torch.nn import LayerNorm
+
+    of_norms = [
+        parameter for module in model.modules() if isinstance(module, LayerNorm) for parameter in module.parameters()
+    ]
+    named = model.named_parameters(remove_duplicate=False)
+    return of_norms + [parameter for name, parameter in named if _UNDECAYED.search(name.lower())]
 
 
 def hidden_states(model: Any, ids_BT: torch.Tensor, **arguments: Any) -> torch.Tensor:

@@ -31,11 +31,15 @@ class Orpo(ObjectiveDefaults):
         """-beta log sigmoid(log odds(chosen) - log odds(rejected)), odds(p) = p / (1 - p) of mean log-probabilities."""
         from torch.nn.functional import logsigmoid
 
-        chosen, rejected = scores.pairs(scores.mean_logps_D - _log1mexp(scores.mean_logps_D))
+        logps_D = scores.mean_logps_D.clamp(max=_CERTAIN)
+        chosen, rejected = scores.pairs(logps_D - _log1mexp(logps_D))
         return -self.beta * logsigmoid(chosen - rejected)
 
     def rewards(self, scores: AnswerScores) -> torch.Tensor:
         return self.beta * scores.mean_logps_D
+
+
+_CERTAIN = -1e-9  # an answer of probability 1 has infinite odds, and their gradient is no number
 
 
 def _log1mexp(logps: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from transformers.optimization import Adafactor as TransformersAdafactor
 
 from strategies.optimizers import OPTIMIZERS
 from strategies.step.state import COUNTS
@@ -15,16 +16,21 @@ from strategies.train_setup import TrainSettings, TrainSetup
 
 
 def build_optimizer(
-    groups: list[dict[str, Any]], settings: TrainSettings, outside: Collection[torch.nn.Parameter] = ()
+    groups: list[dict[str, Any]],
+    settings: TrainSettings,
+    outside: Collection[torch.nn.Parameter] = (),
+    undecayed: Collection[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer that `settings.optim` names over `groups`; `outside` are embeddings and output matrix.
 
-    A group may carry its own `lr_factor` (LoRA+ trains B faster than A); its `base_lr` is what schedules scale.
-    Raises ValueError for a name that is not known.
+    Weight decay spares `undecayed`.  A group may carry its own `lr_factor` (LoRA+ trains B faster than A); its
+    `base_lr` is what schedules scale.  Raises ValueError for a name that is not known.
     """
     for group in groups:
         group["base_lr"] = group["lr"] = settings.learning_rate * group.pop("lr_factor", 1.0)
     name, decay = settings.optim, settings.weight_decay
+    if decay:
+        groups = _apart(groups, {id(parameter) for parameter in undecayed})
     if name not in OPTIMIZERS:
         raise ValueError(f"optim {name!r} is not one of {', '.join(OPTIMIZERS)}")
     if OPTIMIZERS[name].library == "bitsandbytes":
@@ -36,7 +42,7 @@ def build_optimizer(
         return MuonWithAdamW(groups, betas, settings.adam_epsilon, decay, outside)
     builders: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(groups, weight_decay=decay),
-        "adafactor": lambda: torch.optim.Adafactor(groups, weight_decay=decay),
+        "adafactor": lambda: Adafactor(groups, weight_decay=decay, scale_parameter=False, relative_step=False),
         "adagrad": lambda: Adagrad(groups, weight_decay=decay),
         "rmsprop": lambda: torch.optim.RMSprop(groups, weight_decay=decay),
     }
@@ -44,6 +50,18 @@ def build_optimizer(
         return build()
     fused = name == "adamw_torch_fused"
     return torch.optim.AdamW(groups, betas=betas, eps=settings.adam_epsilon, weight_decay=decay, fused=fused)
+
+
+def _apart(groups: list[dict[str, Any]], undecayed: Collection[int]) -> list[dict[str, Any]]:
+    """Groups whose parameters all decay or all do not; those that have none of one kind as they are."""
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        spared = [parameter for parameter in group["params"] if id(parameter) in undecayed]
+        decayed = [parameter for parameter in group["params"] if id(parameter) not in undecayed]
+        found.append({**group, "params": decayed})
+        if spared:
+            found.append({**group, "params": spared, "weight_decay": 0.0})
+    return found
 
 
 def _of_bitsandbytes(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -173,6 +191,24 @@ def evaluated_weights(setup: TrainSetup) -> AbstractContextManager[None]:
     """Inside the block the trained weights are those that are evaluated and handed back."""
     averages = averages_of(setup)
     return averages.averaged() if averages else contextlib.nullcontext()
+
+
+class Adafactor(TransformersAdafactor):
+    """As transformers' Trainer builds it, its counter in a tensor, so that a checkpoint holds it.
+
+    torch's own scales a step by the weight's size: LoRA's B, which begins at zero, hardly moves.
+    """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for state in self.state.values():
+            state["step"] = torch.as_tensor(float(state["step"]))
+            state.pop("RMS", None)  # of the weight, made anew in each step
+        return result
 
 
 class Adagrad(torch.optim.Adagrad):

@@ -85,6 +85,68 @@ def test_muon_moves_matrices_as_torchs_and_everything_else_as_adamw():
     assert all(torch.equal(one, twin) for one, twin in zip((matrix, embedding, norm), twins, strict=True))
 
 
+def test_adafactor_moves_as_transformers_trainer_builds_it_a_zero_matrix_too():
+    from transformers.optimization import Adafactor
+
+    drawn = torch.Generator().manual_seed(1)
+    ours = [torch.nn.Parameter(torch.randn(24, 16, generator=drawn)), torch.nn.Parameter(torch.zeros(8, 24))]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer = build_optimizer([{"params": ours}], settings(optim="adafactor", learning_rate=1e-2, weight_decay=0.1))
+    twin = Adafactor(theirs, lr=1e-2, weight_decay=0.1, scale_parameter=False, relative_step=False)
+
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=drawn)
+            other.grad = one.grad.clone()
+        for each in (optimizer, twin):
+            each.step()
+
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert ours[1].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {}),
+        ("lora", {"bias": "all"}),
+        ("experimental_galore", {"rank": 4}),
+        ("experimental_apollo", {"rank": 4}),
+        ("experimental_lsp_offload", {"projection": "random", "other_weights": "train"}),
+    ],
+)
+@pytest.mark.parametrize("optim", ["adamw_torch", "muon", "adafactor"])
+def test_norms_and_biases_do_not_decay_as_in_transformers_trainer(method, options, optim):
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer
+
+    if optim != "adamw_torch" and method not in ("full", "lora"):
+        pytest.skip("the method has an optimizer of its own")
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2))  # biases in q, k, v
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    setup = METHODS[method](**options).setup(model, settings(optim=optim, learning_rate=1e-2, weight_decay=0.5))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in setup.parameters.values():
+            parameter.fill_(1.0)
+            parameter.grad = torch.zeros_like(parameter)
+
+    if setup.streaming:
+        for parameter in setup.parameters.values():
+            setup.optimizer._move(parameter, torch.zeros_like(parameter), 1e-2, (0, 1))
+    else:
+        setup.optimizer.step()
+
+    def own_name(name):
+        return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+    moved = {own_name(name) for name, parameter in setup.parameters.items() if (parameter < 1.0).all()}
+    kept = {own_name(name) for name, parameter in setup.parameters.items() if (parameter == 1.0).all()}
+    assert len(moved) + len(kept) == len(setup.parameters)
+    assert kept and not kept & decayed and all("norm" in name or "bias" in name for name in kept)
+    assert moved == {name for name in map(own_name, setup.parameters) if name in decayed or "lora_" in name}
+
+
 def test_adagrads_state_that_is_cleared_begins_anew(model_folder):
     setup = METHODS["lora"]().setup(base_model(METHODS["lora"](), model_folder), settings(optim="adagrad"))
     train(setup, 1)

@@ -7,6 +7,7 @@ import torch
 from clusters.capability import DeviceCapability, Library
 from strategies import METHODS
 from strategies.compatibility import conflict
+from strategies.model.heads import undecayed
 from strategies.optimizers import OPTIMIZERS
 from strategies.shape import ModelShape
 from strategies.step.optimizers import averages_of, build_optimizer, evaluated_weights
@@ -55,7 +56,12 @@ def equal(one, other):
 def test_a_training_is_the_package_s_in_a_loop_of_its_own(name, method, set_up):
     ours, theirs = set_up(name, method), set_up(name, method)
     parameters = list(theirs.parameters.values())
-    optimizer = THEIRS[name](parameters)
+    spared = {id(parameter) for parameter in undecayed(theirs.model)}
+    groups = [
+        {"params": [parameter for parameter in parameters if id(parameter) not in spared]},
+        {"params": [parameter for parameter in parameters if id(parameter) in spared], "weight_decay": 0.0},
+    ]
+    optimizer = THEIRS[name]([group for group in groups if group["params"]])
     optimizer.train()
 
     train(ours, 8)

@@ -231,6 +231,15 @@ def test_what_cannot_be_is_refused_with_the_number_that_can(model):
     assert "fp16" in Shira().refuses(techniques(dtype="float16"), shape)
     assert "not chosen anew" in Shira(mask="random", reselect_every=5).refuses(techniques(), shape)
     assert "ZeRO" in Shira().refuses(techniques(zero_stage=2), shape)
+    for optim in ("adamw_bnb_8bit", "lion_8bit", "ademamix", "schedule_free_adamw"):  # moments do not follow entries
+        refusal = Shira(reselect_every=5).refuses(techniques(optim=optim), shape)
+        assert refusal == (
+            f"entries chosen anew take their optimizer state along, which {optim} keeps in another form: set"
+            " train.optim: auto, or remove method.reselect_every"
+        )
+        assert Shira().refuses(techniques(optim=optim), shape) is None
+    for optim in ("adamw_torch", "paged_adamw_32bit", "sgd", "muon", "rmsprop", "adafactor"):
+        assert Shira(reselect_every=5).refuses(techniques(optim=optim), shape) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

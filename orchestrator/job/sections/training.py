@@ -201,7 +201,13 @@ class TrainSection(Section):
     use_liger_kernel: bool = key(
         False, "Liger's kernels for norms, rotary positions and gated MLPs: NVIDIA's GPUs with liger-kernel installed"
     )
-    weight_decay: float = key(0.0, "decoupled weight decay", ge=0, le=1000)
+    weight_decay: float = key(
+        0.0,
+        "weight decay of all trained weights but norms and biases, as transformers' Trainer has it; decoupled, but of"
+        " sgd, adagrad and rmsprop, which add it to the gradient",
+        ge=0,
+        le=1000,
+    )
     adam_beta1: float = key(0.9, "Adam's first decay", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Adam's second decay", ge=0, lt=1)
     adam_epsilon: float = key(1e-8, "Adam's epsilon", gt=0, le=1)
