@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from strategies.model.architecture import decoder_layers
+from strategies.model.architecture import architecture_of, decoder_layers
 from strategies.reuse.kept_states import KeptStates, StatesInMemory
 from strategies.reuse.tree import PrefixTree
+
+_BEHIND = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")  # modules after the layers
 
 
 class LowerLayers:
@@ -197,4 +199,8 @@ def _frozen_layers(model: Any) -> Iterator[Any]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if any(p.requires_grad for p in inner.get_input_embeddings().parameters()):
         raise ValueError("its embedding trains")
+    trunk, _, own_name = architecture_of(inner).layers.rpartition(".")
+    for name, module in inner.get_submodule(trunk).named_children():  # positions, or the embedding's norm
+        if name not in (own_name, *_BEHIND) and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(f"its {name} trains, which may come before the layers")
     yield from frozen

@@ -91,6 +91,21 @@ def test_what_a_changed_weight_would_make_otherwise_is_computed_again():
     assert lower.count() == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "trains", "named"),
+    [("gpt2", "transformer.wpe", "wpe"), ("opt", "model.decoder.embed_positions", "embed_positions")],
+)
+def test_a_position_embedding_that_trains_is_refused_and_a_last_norm_is_not(family, trains, named):
+    model = model_of(family)
+    model.get_submodule({"gpt2": "transformer.ln_f", "opt": "model.decoder.final_layer_norm"}[family]).requires_grad_()
+    assert LowerLayers(model).num_layers == 1
+
+    model.get_submodule(trains).requires_grad_()
+
+    with pytest.raises(ValueError, match=f"its {named} trains"):
+        LowerLayers(model)
+
+
 def test_what_another_precision_made_is_computed_again():
     model = model_of()
     lower = LowerLayers(model)
