@@ -20,6 +20,7 @@ from orchestrator.progress.updates import report
 from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
+from strategies.model.heads import masked_kernel
 from strategies.model.sampling import Sampling
 from strategies.shape import ModelShape
 from strategies.step.optimizers import evaluated_weights
@@ -303,10 +304,13 @@ def _batches(model: Any, prompts: list[_Prompt], how: Generation) -> list[list[_
 
 @contextlib.contextmanager
 def evaluating(model: Any, attention: str) -> Iterator[Any]:
-    """Without dropout and with this attention kernel inside the block; yields the model without its adapter."""
+    """Without dropout and with this attention kernel inside the block; yields the model without its adapter.
+
+    A model without `sdpa` takes `eager` in its place.
+    """
     inner = inner_model(model)
     trained_with, was_training = inner.config._attn_implementation, model.training
-    inner.set_attn_implementation(attention)
+    inner.set_attn_implementation(masked_kernel(model) if attention == "sdpa" else attention)
     model.eval()
     try:
         yield inner

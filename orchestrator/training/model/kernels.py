@@ -7,18 +7,22 @@ from typing import Any
 
 import torch
 
+from clusters.capability import DeviceCapability
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
 from orchestrator.runs.proofs.proof import PASSED, judged
 from orchestrator.training.worker_context import WorkerContext
+from strategies.model.heads import masked_kernel
 from strategies.pipeline.layer_randomness import draws_random_numbers, have_dropout
 from strategies.reuse.kept_states import KeptStates, StatesInMemory, StatesOnDisk
 from strategies.reuse.lower_layers import DocumentParts, LowerLayers
+from strategies.shape import ModelShape
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.side_stream import SideStream
 from strategies.step.supervised_logits import can_chunk
+from strategies.techniques.attention import refuse_kernel
 from strategies.techniques.precision import autocast
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
@@ -64,9 +68,12 @@ def fastest_on_cpu(model: Any, rows: int) -> Techniques:
 
     Padded where this model computes something else then.  Sets the model's attention.
     """
-    padded = Techniques("float32", "sdpa", False, False, rows, 1)
+    padded = Techniques("float32", masked_kernel(model), False, False, rows, 1)
+    shape, cpu = ModelShape.from_config(model.config.to_dict()), DeviceCapability("cpu", "cpu", None)
     model.eval()
     try:
+        if refuse_kernel(document_attention.NAME, cpu, shape):
+            return padded
         model.set_attn_implementation(document_attention.NAME)
         if document_attention.packing_error(model) < ROUNDING["float32"]:
             packed = dataclasses.replace(padded, attn_implementation=document_attention.NAME, packing=True)
@@ -75,7 +82,7 @@ def fastest_on_cpu(model: Any, rows: int) -> Techniques:
     except (ValueError, TypeError, RuntimeError) as refusal:
         if is_out_of_memory(refusal):
             raise
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(padded.attn_implementation)
     return padded
 
 

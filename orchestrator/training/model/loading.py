@@ -90,9 +90,7 @@ def load_model(location: str, job: Job, placing: Placing) -> Any:
     from transformers import AutoModelForCausalLM
 
     with _loading(location):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location, trust_remote_code=job.spec.model.trust_remote_code, **placing.as_arguments()
-        )
+        loaded = _from_pretrained(AutoModelForCausalLM, location, job, placing)
     model, info = loaded
     report = LoadReport.from_loading_info(info)
     if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
@@ -100,17 +98,23 @@ def load_model(location: str, job: Job, placing: Placing) -> Any:
     return _placed(model, placing)
 
 
+def _from_pretrained(kind: Any, location: str, job: Job, placing: Placing, **more: Any) -> Any:
+    """The model and what transformers says of its loading; with `eager` attention where it has no `sdpa` (Gemma 2)."""
+    more |= {"trust_remote_code": job.spec.model.trust_remote_code}
+    try:
+        return kind.from_pretrained(location, **more, **placing.as_arguments())
+    except ValueError as error:  # raised before any weight is read
+        if placing.attn_implementation != "sdpa" or "scaled_dot_product_attention" not in str(error):
+            raise
+    return kind.from_pretrained(location, **more, **replace(placing, attn_implementation="eager").as_arguments())
+
+
 def _load_with_score(location: str, job: Job, placing: Placing) -> Any:
     """The pretrained model with one score a document in place of its output matrix; a new one is drawn by the seed."""
     from transformers import AutoModelForSequenceClassification
 
     with _loading(location), quiet():  # that the score is new and the output matrix not used is as it should be
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            location,
-            num_labels=1,
-            trust_remote_code=job.spec.model.trust_remote_code,
-            **placing.as_arguments(),
-        )
+        loaded = _from_pretrained(AutoModelForSequenceClassification, location, job, placing, num_labels=1)
     model, info = loaded
     if not heads.has_score(model):
         raise JobError(f"model.model_name_or_path: {type(model).__name__} has no single score; use another model")

@@ -1,5 +1,7 @@
 """The check that packed documents stay apart: made as training computes, with a reason for what is not used."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,7 +10,9 @@ from clusters.safe.cache import cache_folder
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.runs.events import Note
+from orchestrator.training.evaluate import evaluating
 from orchestrator.training.model.kernels import fastest_on_cpu, with_known_layers, without_leaks
+from orchestrator.training.model.loading import Placing, load_model
 from orchestrator.training.worker_context import WorkerContext
 from strategies.reuse.kept_states import StatesOnDisk
 from strategies.step import document_attention
@@ -95,6 +99,22 @@ def test_rows_are_tried_end_to_end_with_common_beginnings_once_or_padded_where_t
     assert (found.attn_implementation, found.packing, found.share_prefixes) == ("document", True, True)
     assert (padded.attn_implementation, padded.packing, padded.share_prefixes) == ("sdpa", False, False)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_without_sdpa_is_loaded_evaluated_and_tried_with_eager_attention(tokenizer_folder, tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shutil.copytree(tokenizer_folder, tmp_path / "gemma")
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).save_pretrained(tmp_path / "gemma")
+
+    model = load_model(str(tmp_path / "gemma"), job(tmp_path, tmp_path / "gemma"), Placing("float32", CPU, "sdpa"))
+
+    with evaluating(model, "sdpa") as inner:
+        assert inner.config._attn_implementation == "eager"
+    found = fastest_on_cpu(model, 8)
+    assert (found.attn_implementation, found.packing, model.config._attn_implementation) == ("eager", False, "eager")
 
 
 def test_common_beginnings_are_computed_once_where_the_model_keeps_to_them(model, model_folder, tmp_path):
