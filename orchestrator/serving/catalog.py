@@ -98,7 +98,7 @@ class Catalog:
 
     def _of_folder(self, folder: Path) -> ServedModel:
         if not (folder / "adapter_config.json").is_file():
-            base = self._base(str(folder), folder.name)
+            base = self._base(str(folder), folder.name, is_whole=True)
             return ServedModel(folder.name, base.folder, None, _modified(folder))
         try:
             settings = read_json(folder / "adapter_config.json")
@@ -121,8 +121,16 @@ class Catalog:
             base = self._base(str(where), card.base_name)
         return ServedModel(card.name, base.folder, str(folder), _modified(folder))
 
-    def _base(self, folder: str, name: str, run: str | None = None) -> ServedBase:
-        base = self.bases.setdefault(base_digest(Path(folder)), ServedBase(folder, name))
+    def _base(self, folder: str, name: str, run: str | None = None, is_whole: bool = False) -> ServedBase:
+        """The base in a folder; a copy of it serves adapters as well, and a model that is served whole only itself.
+
+        A digest looks at parts of the files: two whole models may differ elsewhere, or in their templates alone.
+        """
+        here = Path(folder).resolve()
+        base = next((one for one in self.bases.values() if Path(one.folder).resolve() == here), None)
+        if base is None:
+            key = str(here) if is_whole else base_digest(Path(folder))
+            base = self.bases.setdefault(key, ServedBase(folder, name))
         base.run = base.run or run
         return base
 

@@ -7,8 +7,8 @@ llama.cpp's own field.
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -19,7 +19,12 @@ from orchestrator.serving.engines.protocol import Piece, Query, Refused, ServedM
 
 _MOST_STOPS, _MOST_TOP = 16, 20
 _ROLES = ("system", "developer", "user", "assistant")
-# Fields that this server does not have, and the values that ask for nothing.
+_READ = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos", "logprobs", "stream"}
+_READ |= {"stream_options"}
+_READ_OF_CHATS, _READ_OF_TEXTS = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt"}
+# They ask for nothing of an answer.
+_NAMES_ONLY = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
+# Fields that this server does not have, and the values that ask for nothing; of vLLM and llama.cpp below.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -30,8 +35,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "skip_special_tokens": (True,),
 }
 
 
@@ -58,9 +71,7 @@ class ApiError:
 def parse_request(text: bytes, is_chat: bool, resolve: Callable[[str], ServedModel]) -> ApiRequest:
     """Raises Refused, naming the field that is wrong."""
     body = _json_object(text)
-    for name, neutral in _NEUTRAL.items():
-        if body.get(name) is not None and body[name] not in neutral:
-            raise Refused(400, f"{name} is not supported by this server", "unsupported_parameter", name)
+    _refuse_others(body, _READ | (_READ_OF_CHATS if is_chat else _READ_OF_TEXTS))
     fields = _Fields(body)
     model = resolve(fields.text("model") or "")
     limit = fields.whole("max_completion_tokens", 1) if is_chat else None
@@ -78,7 +89,21 @@ def parse_request(text: bytes, is_chat: bool, resolve: Callable[[str], ServedMod
     more = fields.values.get("stream_options") or {}
     if not isinstance(more, dict):
         raise Refused(400, "stream_options: give an object", param="stream_options")
+    if more.get("include_usage") and not streams:
+        raise Refused(400, "stream_options needs stream: true", param="stream_options")
     return ApiRequest(Query(model, **asked, **options), is_chat, streams, bool(more.get("include_usage")))
+
+
+def _refuse_others(body: Mapping[str, Any], read: set[str]) -> None:
+    """Raise Refused for the first field that asks for something and is not read."""
+    for name, value in body.items():
+        if name in read | _NAMES_ONLY or value is None:
+            continue
+        neutral = (one for one in _NEUTRAL.get(name, ()) if isinstance(one, bool) == isinstance(value, bool))
+        if value not in neutral:
+            meant = difflib.get_close_matches(name, read, 1)
+            hint = f"; did you mean {meant[0]}?" if meant and name not in _NEUTRAL else ""
+            raise Refused(400, f"{name} is not supported by this server{hint}", "unsupported_parameter", name)
 
 
 def error_body(refusal: Refused, translate: Callable[[str], str]) -> dict[str, Any]:
@@ -149,7 +174,7 @@ class Answer:
         offsets = []
         for one in scores:
             offsets.append(self._offset)
-            self._offset += len(one.token)
+            self._offset += sum(byte & 0xC0 != 0x80 for byte in one.bytes)  # that begin a character
         return {
             "tokens": [one.token for one in scores],
             "token_logprobs": [one.logprob for one in scores],
@@ -187,7 +212,7 @@ class _Fields:
     def whole(self, name: str, least: int, most: int = 2**31) -> int | None:
         value = self.values.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most):
-            raise Refused(400, f"{name}: give a whole number of at least {least}", param=name)
+            raise Refused(400, f"{name}: give a whole number from {least} to {most}", param=name)
         return value
 
     def stops(self) -> tuple[str, ...]:
@@ -237,9 +262,11 @@ def _message(place: int, value: Any) -> dict[str, str]:
     where = f"messages[{place}]"
     if not isinstance(value, dict) or value.get("role") not in _ROLES:
         raise Refused(400, f"{where}: give an object whose role is one of {', '.join(_ROLES)}", param="messages")
+    if value.get("tool_calls") or value.get("function_call"):
+        raise Refused(400, f"{where}: this server reads no calls of tools", param="messages")
     content = value.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        if not content or not all(map(_is_text, content)):
             raise Refused(400, f"{where}.content: this server reads parts of text only", param="messages")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -247,16 +274,19 @@ def _message(place: int, value: Any) -> dict[str, str]:
     return {"role": "system" if value["role"] == "developer" else value["role"], "content": content}
 
 
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
 def _num_logprobs(fields: _Fields, is_chat: bool) -> int | None:
     if not is_chat:
-        count = fields.number("logprobs", 0, _MOST_TOP)
-        return None if count is None or math.isnan(count) else int(count)
-    count = fields.number("top_logprobs", 0, _MOST_TOP)
+        return fields.whole("logprobs", 0, _MOST_TOP)
+    count = fields.whole("top_logprobs", 0, _MOST_TOP)
     if not fields.flag("logprobs"):
         if count:
             raise Refused(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         return None
-    return int(count or 0)
+    return count or 0
 
 
 def _score(one: TokenScore) -> dict[str, Any]:

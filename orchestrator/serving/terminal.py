@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clusters.safe.cache import cache_folder
-from clusters.safe.reading import printable
+from clusters.safe.reading import first_line, printable
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.language.catalogue import tr
 
@@ -23,7 +25,21 @@ HELP = """\
 /clear           forget the conversation
 /quit            end; so does Ctrl-D.  Ctrl-C stops an answer
 A line that ends in a backslash goes on in the next one, and so does all between two lines of \"\"\"."""
+COMMANDS = ("/base", "/tuned", "/model", "/system", "/clear", "/quit", "/exit")
 _MOST_LINE = 2**20
+
+
+def is_command(text: str) -> bool:
+    """Whether a message begins with a word as commands are; a path or a sentence is none.
+
+    >>> [is_command(text) for text in ("/clear", "/clera it", "/etc/hosts?", "/ and so on")]
+    [True, True, False, False]
+    """
+    return re.fullmatch("/[a-z]+", _first_word(text)) is not None
+
+
+def _first_word(text: str) -> str:
+    return text.strip().partition(" ")[0]
 
 
 @dataclass(frozen=True)
@@ -34,27 +50,50 @@ class ApiClient:
     api_key: str | None = None
 
     def models(self) -> list[str]:
-        with self._open("/v1/models") as answer:
-            return [str(model["id"]) for model in json.load(answer)["data"]]
+        """At least one.  Raises JobError or ClusterError."""
+        with self._answer("/v1/models") as answer:
+            found = [str(model["id"]) for model in json.load(answer)["data"]]
+        if not found:
+            raise ClusterError(f"{self.url} serves no model")
+        return found
 
     def stream(self, model: str, messages: list[dict[str, str]], most: int | None) -> Iterator[str]:
         """The parts of an answer of at most `most` tokens.  Raises JobError or ClusterError as the server says."""
         body = {"model": model, "messages": messages, "stream": True, "max_tokens": most}
-        with self._open("/v1/chat/completions", body) as answer:
+        with self._answer("/v1/chat/completions", body) as answer:
             for line in iter(lambda: answer.readline(_MOST_LINE), b""):
                 kind, _, data = line.partition(b":")
-                if kind != b"data" or data.strip() == b"[DONE]":
+                if kind != b"data":
                     continue
+                if data.strip() == b"[DONE]":
+                    return
                 chunk = json.loads(data)
                 if "error" in chunk:
                     raise ClusterError(str(chunk["error"].get("message")))
                 yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
+            raise http.client.IncompleteRead(b"")  # a body of lines just ends
 
     def reply(self, model: str, messages: list[dict[str, str]], most: int | None) -> dict[str, Any]:
         """The whole body of an answer.  Raises JobError or ClusterError as the server says."""
         body = {"model": model, "messages": messages, "max_tokens": most}
-        with self._open("/v1/chat/completions", body) as answer:
-            return json.load(answer)
+        with self._answer("/v1/chat/completions", body) as answer:
+            found = json.load(answer)
+            assert isinstance(found["choices"][0]["message"], dict)
+            return found
+
+    @contextlib.contextmanager
+    def _answer(self, path: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
+        """The body of an answer, to be read inside the block."""
+        try:
+            with self._open(path, body) as answer:
+                yield answer
+        except (http.client.HTTPException, OSError) as error:
+            what = "it is not whole" if isinstance(error, http.client.IncompleteRead) else first_line(error)
+            raise ClusterError(f"{self.url} broke off its answer: {what}") from None
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
+            raise ClusterError(
+                f"{self.url} answers, but not as the OpenAI API does: is it another program's?"
+            ) from None
 
     def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -86,7 +125,7 @@ class ChatSession:
         """A command or a message; whether the chat goes on."""
         if not text.strip():
             return True
-        if not text.startswith("/"):
+        if not is_command(text):
             self._ask(text)
             return True
         command, _, value = text.strip().partition(" ")
@@ -139,7 +178,8 @@ class ChatSession:
                 parts.append(part)
                 self.show(part)
         except KeyboardInterrupt:
-            self.show(f"\n{tr('(stopped)')}")
+            self.show(f"\n{tr('(stopped)')}\n")
+            return
         except (JobError, ClusterError) as error:
             self.show(f"{''.join(parts) and chr(10)}{tr(str(error))}\n")
             return
@@ -161,7 +201,11 @@ def answer_messages(session: ChatSession, give: Callable[[dict[str, Any]], None]
     """
     failed = 0
     for text in _read_messages(lambda prompt: input(), session):
-        if not text.strip() or text.startswith("/"):
+        if is_command(text) and _first_word(text) not in COMMANDS:
+            failed += 1
+            give({"model": session.model, "message": text, "error": f"unknown command {_first_word(text)}"})
+            continue
+        if not text.strip() or is_command(text):
             if not session.take(text):
                 break
             continue
@@ -180,6 +224,8 @@ def _read_messages(read: Callable[[str], str], session: ChatSession) -> Iterator
             text = _whole_message(read, session.model)
         except (EOFError, KeyboardInterrupt):
             return
+        except UnicodeDecodeError as error:
+            raise JobError(f"standard input is not UTF-8 ({error}): save the messages as UTF-8") from None
         yield text
 
 

@@ -158,7 +158,15 @@ class TransformersEngine:
             batch.keep([row for row in batch.rows if row not in rows])
             release_cache()
             return
-        ended = [row for row, logits_V in zip(list(rows), logits_BV, strict=True) if self._next(row, logits_V)]
+        ended = []
+        for row, logits_V in zip(list(rows), logits_BV, strict=True):
+            try:
+                has_ended = self._next(row, logits_V)
+            except Exception as error:  # of this row's numbers or its text
+                self._send(row.number, Refused(500, f"the model failed: {first_line(error)}", "engine_failed"))
+                has_ended = True
+            if has_ended:
+                ended.append(row)
         if ended:
             batch.keep([row for row in batch.rows if row not in ended])
 

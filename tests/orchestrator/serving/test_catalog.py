@@ -48,6 +48,18 @@ def test_two_bases_have_a_name_each(adapters, model_folder, tmp_path):
     assert found.models["moved"].base == str(other)
 
 
+def test_whole_models_that_look_alike_are_served_each_from_its_own_folder(adapters, model_folder, tmp_path):
+    """A digest looks at parts of the weights, and at no template: two tuned models may have the same one."""
+    twin = shutil.copytree(adapters["whole"], tmp_path / "twin")
+    (twin / "chat_template.jinja").write_text("{{ messages }}")
+
+    found, _ = catalog([adapters["whole"], twin, model_folder, adapters["plain"]])
+
+    folders = {name: model.base for name, model in found.models.items()}
+    assert folders["whole"] == str(adapters["whole"]) and folders["twin"] == str(twin)
+    assert folders["plain"] == str(model_folder) == folders[model_folder.name]  # the same folder is loaded once
+
+
 def test_two_models_of_one_name_are_a_mistake(adapters, tmp_path):
     copy = shutil.copytree(adapters["dora"], tmp_path / "plain")
 

@@ -279,6 +279,63 @@ def test_logprobs_are_those_of_the_model(start, model_folder, tokenizer):
     assert [one.logprob for one in score.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("cold", [{"temperature": 1.0, "top_p": 0.0}, {"temperature": 1e-39}, {"temperature": 1e-320}])
+def test_no_probability_left_to_draw_from_is_the_likeliest_token_and_harms_nobody(start, model_folder, cold):
+    engine, answers = start()
+    engine.submit(0, asked(served(model_folder), 4))
+    run(engine)
+    engine.submit(1, asked(served(model_folder), 4, **cold))
+    engine.submit(2, asked(served(model_folder), 5, temperature=1e-4, top_p=1e-9, seed=1))
+    engine.submit(3, asked(served(model_folder), 5))
+
+    run(engine)
+
+    assert not answers.refusals
+    assert answers.text(1) == answers.text(0) and answers.text(2) == answers.text(3)
+
+
+def test_a_row_whose_logits_are_no_numbers_is_refused_alone(start, model_folder):
+    engine, answers = start()
+    broken, sound = (asked(served(model_folder), number, temperature=1.0, seed=1) for number in (1, 4))
+    engine.submit(0, sound)
+    run(engine)
+    engine.submit(1, broken)
+    engine.submit(2, sound)
+
+    def spoil(module, inputs, output):
+        places = [row.number for batch in itertools.chain(*engine._batches.values()) for row in batch.rows]
+        if output.shape[0] == len(places) == 2:
+            output[places.index(1)] = torch.nan
+
+    for lane in engine._batches:
+        lane.model.get_output_embeddings().register_forward_hook(spoil)
+    engine.step()
+    for lane in engine._batches:
+        lane.model.get_output_embeddings().register_forward_hook(spoil)
+    run(engine)
+
+    assert answers.refusals[1].status == 500 and "the logits are no numbers" in answers.refusals[1].message
+    assert answers.text(2) == answers.text(0)
+
+
+def test_bytes_of_tokens_put_together_are_the_text():
+    from transformers import AutoTokenizer
+
+    from orchestrator.job.model_files import locate
+    from orchestrator.serving.engines.sampling import bytes_of, score
+
+    tokenizer = AutoTokenizer.from_pretrained(locate("smollm2-135m-instruct", Path.cwd()))
+    text = "日本🎌 é"
+    ids = tokenizer(text).input_ids
+
+    found = [score(tokenizer, torch.zeros(tokenizer.vocab_size), token, 0) for token in ids]
+
+    assert bytes(byte for one in found for byte in one.bytes).decode() == text
+    parts = [one.token for one in found if one.token.startswith("bytes:")]
+    assert parts and all(part.startswith("bytes:\\x") for part in parts)
+    assert bytes_of("<0xE6>") == b"\xe6" and bytes_of("Ġa") == b" a" and bytes_of("日") is None
+
+
 def test_a_stop_ends_an_answer(start, model_folder):
     engine, answers = start()
     engine.submit(0, asked(served(model_folder), 5, max_tokens=20))

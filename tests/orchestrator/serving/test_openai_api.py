@@ -82,6 +82,15 @@ def test_a_completion_takes_a_text_or_tokens(prompt, wanted):
         ({"stream": "yes"}, "stream"),
         ({"ignore_eos": 1}, "ignore_eos"),
         ({"seed": 1.5}, "seed"),
+        ({"top_k": 40}, "top_k"),
+        ({"n": True}, "n"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"max_token": 3}, "max_token"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"logprobs": True, "top_logprobs": 2.7}, "top_logprobs"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_name(change, param):
@@ -102,7 +111,25 @@ def test_an_error_is_in_the_language_of_who_asks_and_its_code_for_programs():
 
 
 def test_neutral_values_of_what_is_not_supported_pass():
+    assert parse({**HELLO, "top_k": -1, "repetition_penalty": 1.0, "tool_choice": "auto", "metadata": {"a": "b"}})
     assert parse({**HELLO, "n": 1, "presence_penalty": 0, "tools": [], "user": "me", "logit_bias": {}})
+
+
+def test_a_misspelt_field_says_which_one_was_meant_and_a_limit_both_ends():
+    assert "did you mean max_tokens?" in refused({**HELLO, "max_token": 3}).message
+    assert "from 1 to 2147483648" in refused({**HELLO, "max_tokens": 10**12}).message
+    with pytest.raises(Refused, match="max_completion_tokens is not supported"):
+        parse({"model": "tuned", "prompt": "x", "max_completion_tokens": 3}, is_chat=False)
+
+
+def test_offsets_count_characters_of_the_text_where_tokens_are_parts_of_one():
+    scores = [TokenScore("bytes:\\xe6\\x97", [0xE6, 0x97], -1.0), TokenScore("bytes:\\xa5", [0xA5], -1.0)]
+    pieces = [Piece("日a", [*scores, TokenScore("a", [97], -1.0)]), Piece("", [], "stop", 1, 3)]
+
+    body = {"model": "tuned", "prompt": "x", "logprobs": 0}
+    found = Answer(parse(body, is_chat=False)).whole(pieces)["choices"][0]["logprobs"]
+
+    assert found["text_offset"] == [0, 1, 1]
 
 
 def test_an_unknown_model_is_not_found():
