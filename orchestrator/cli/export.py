@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,6 +50,8 @@ def export(
     if len(wanted) > 1 or not (wanted or merged):
         raise JobError("export writes one form: --gguf, --ollama or --hub-folder, each with --merged or without it,"
                        " or --merged alone")  # fmt: skip
+    given = {"--base": base, "--converter": converter, "--licence": licence, "--language": language}
+    _refuse_unused(wanted, check, given)
     found = RunFolder.find(run, runs)
     from orchestrator.export.hub_folder import Stated
     from orchestrator.export.write import ExportWish
@@ -70,6 +73,22 @@ def export(
     if check:
         show(written["check"]["text"])
     show(f"wrote {output}")
+
+
+_OF_FORMS = {  # option -> forms that use it
+    "--base": ("ollama", "hub-folder"),
+    "--converter": ("gguf", "ollama"),
+    "--licence": ("hub-folder",),
+    "--language": ("hub-folder",),
+}
+
+
+def _refuse_unused(wanted: Sequence[str], checks: bool, given: Mapping[str, object]) -> None:
+    """Raise JobError for an option that the form of export does not use; `--base` serves --check too."""
+    for option, value in given.items():
+        forms = _OF_FORMS[option]
+        if value and not (set(wanted) & set(forms) or (checks and option == "--base")):
+            raise JobError(f"{option} belongs to {' and '.join(f'--{form}' for form in forms)}; remove it")
 
 
 def _check(run: RunFolder, folder: Path, base: str | None) -> dict[str, Any]:

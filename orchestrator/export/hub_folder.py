@@ -7,6 +7,7 @@ tags, metrics as model-index.  Nothing in the folder names a path of this machin
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from orchestrator.data.readers.sources import looks_like_hub_name
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import hub, model_files
 from orchestrator.job.job_file import Job
+from orchestrator.job.sections.training import HeldOutFraction
 from orchestrator.runs import model_card
 from orchestrator.runs.condition import Finished
 from orchestrator.runs.markdown import inline_code, plain
@@ -27,6 +29,7 @@ from orchestrator.runs.model_card import CardSubject
 from strategies.export import WHOLE_MODEL
 
 _TEXTS = (".json", ".md", ".jinja", ".txt", ".py")
+_HUB = "https://huggingface.co/"
 _HUB_PLACE = "USER/NAME"  # on the hub, which the owner of the folder decides
 
 
@@ -43,7 +46,8 @@ def base_on_hub(finished: Finished, stated: Stated, is_merged: bool) -> model_fi
     """The base as the hub knows it.  Raises JobError where nobody can get it by its name."""
     base = model_files.name_for_others(finished.job, Path(finished.data.model), finished.exported)
     if stated.base:
-        return model_files.BaseName(stated.base, base.revision if base.name == stated.base else None)
+        name, revision = _hub_name(stated.base)
+        return model_files.BaseName(name, revision or (base.revision if base.name == name else None))
     if base.is_folder and not is_merged:
         raise JobError(
             f"--hub-folder: the base is a folder of this machine ({base.title}), by which nobody on the hub gets it:"
@@ -52,10 +56,31 @@ def base_on_hub(finished: Finished, stated: Stated, is_merged: bool) -> model_fi
     return base
 
 
-def write(finished: Finished, folder: Path, stated: Stated, is_merged: bool) -> list[str]:
+def _hub_name(text: str) -> tuple[str, str | None]:
+    """Name and revision of a model on the hub, also of its page's address.  Raises JobError."""
+    name, _, revision = text.removeprefix(_HUB).strip("/").partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise JobError(f"--base {text!r} is no name of the hub: give ORG/NAME, or ORG/NAME@REVISION")
+    return name, revision or None
+
+
+def check_stated(stated: Stated) -> None:
+    """Raises JobError for a language or a licence that the hub does not know as such."""
+    if wrong := next((one for one in stated.languages if not re.fullmatch("[a-z]{2,3}(-[A-Za-z0-9]+)*", one)), None):
+        raise JobError(f"--language {wrong!r} is no code of a language: en, ja, zh ...")
+    if stated.licence and not re.fullmatch("[a-z0-9][a-z0-9.+-]*", stated.licence.lower()):
+        raise JobError(
+            f"--licence {stated.licence!r} is no identifier of the hub: apache-2.0, mit, cc-by-4.0, other ..."
+        )
+
+
+def write(
+    finished: Finished, folder: Path, stated: Stated, is_merged: bool, merge_check: str | None = None
+) -> list[str]:
     """Fill `folder`, which holds the merged model already where `is_merged`; sentences about what is not known.
 
-    Raises JobError, RunFailed where a path of this machine or a password would be published.
+    `merge_check` says how the merged model was compared.  Raises JobError, RunFailed where a path of this machine or a
+    password would be published.
     """
     base = base_on_hub(finished, stated, is_merged)
     if not is_merged:
@@ -65,7 +90,12 @@ def write(finished: Finished, folder: Path, stated: Stated, is_merged: bool) -> 
     assert subject is not None  # it is finished
     known = _known_of_base(base, Path(finished.data.model))
     subject = replace(
-        subject, base=base, folder=folder, place=_HUB_PLACE, made=WHOLE_MODEL if is_merged else subject.made
+        subject,
+        base=base,
+        folder=folder,
+        place=_HUB_PLACE,
+        made=WHOLE_MODEL if is_merged else subject.made,
+        check=merge_check or subject.check,
     )
     metadata, notes = _metadata(subject, known, stated)
     lines = model_card.card_of(subject, metadata, [*_origin(subject, known, stated), *_hardware(subject)])
@@ -106,8 +136,9 @@ def _metadata(subject: CardSubject, known: Mapping[str, Any], stated: Stated) ->
     head["base_model_relation"] = "adapter" if made.is_adapter else "finetune"
     if name := known.get("name"):
         head["base_model"] = name
-    elif subject.base.is_folder:
-        head["base_model"] = None
+    elif subject.base.is_folder:  # a name of this machine might be another model's on the hub
+        head["base_model"] = head["base_model_relation"] = None
+        notes.append("the base's name on the hub is not known here: --base ORG/NAME states it")
     if licence:
         head["license"] = str(licence).lower()
     else:
@@ -122,7 +153,7 @@ def _metadata(subject: CardSubject, known: Mapping[str, Any], stated: Stated) ->
     head["tags"] = [*(["peft"] if made.library == "peft" else []), method, "finetune-orchestrator"]
     if results := _model_index(subject):
         head["model-index"] = results
-    return {key: value for key, value in head.items() if value is not None}, notes
+    return head, notes
 
 
 def _model_index(subject: CardSubject) -> list[dict[str, Any]]:
@@ -130,15 +161,23 @@ def _model_index(subject: CardSubject) -> list[dict[str, Any]]:
     if after is None:
         return []
     metrics = [{"type": key, "name": key, "value": round(value, 6)} for key, value in after.scores.items()]
-    source = next(iter(_sources(subject.job)), "rows")
-    held_out = {"name": f"held-out rows of {Path(source).name}", "type": Path(source).stem}
+    data = subject.job.spec.data
+    is_split = isinstance(data.eval, HeldOutFraction)
+    source = next(iter(_paths(data.train if is_split else data.eval)), "rows")
+    name = f"held-out rows of {Path(source).name}" if is_split else Path(source).name
+    held_out = {"name": name, "type": Path(source).stem}
     result = {"task": {"type": "text-generation"}, "dataset": held_out, "metrics": metrics}
     return [{"name": subject.job.spec.name, "results": [result]}]
 
 
 def _sources(job: Job) -> list[str]:
-    train = job.spec.data.train
-    return [one if isinstance(one, str) else one.path for one in (train if isinstance(train, list) else [train])]
+    return _paths(job.spec.data.train)
+
+
+def _paths(sources: Any) -> list[str]:
+    """Of one source or several."""
+    listed = sources if isinstance(sources, list) else [sources]
+    return [one if isinstance(one, str) else one.path for one in listed if one is not None]
 
 
 def _is_on_hub(source: str, job: Job) -> bool:

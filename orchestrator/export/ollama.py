@@ -63,8 +63,13 @@ def write_modelfile(finished: Finished, folder: Path, origin: str, has_adapter: 
     system = finished.job.spec.data.system_prompt or (texts.default_system if texts else None)
     if system and '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
+    elif system:
+        notes.append('the system prompt holds """, which a Modelfile cannot: send it with each conversation')
     stops = [text for text in ends_of(finished.exported) if not text.startswith("token ")]
     lines += [f'PARAMETER stop "{text}"' for text in stops if '"' not in text]
+    notes += [
+        f"the end {text} holds a quote, which a Modelfile cannot: give it as a stop" for text in stops if '"' in text
+    ]
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
     name = re.sub(r"[^a-z0-9._-]+", "-", finished.job.spec.name.lower()).strip("-.") or "tuned"
     usage = [f"# {finished.job.spec.name}", "", "In this folder:", "", "```bash", f"ollama create {name} -f Modelfile"]

@@ -104,11 +104,13 @@ def _hub_folder(
 ) -> list[str]:
     """The result with a complete card."""
     is_merged = wish.is_merged or not finished.is_adapter
+    hub_folder.check_stated(wish.stated)
     hub_folder.base_on_hub(finished, wish.stated, is_merged)  # before the work of a merge
+    merged = None
     if is_merged:
         folder.rmdir()
-        write_merged(finished.run, finished.job, folder, output)
-    return hub_folder.write(finished, folder, wish.stated, is_merged)
+        merged = write_merged(finished.run, finished.job, folder, output).text
+    return [*([merged] if merged else []), *hub_folder.write(finished, folder, wish.stated, is_merged, merged)]
 
 
 def _model_as_gguf(finished: Finished, folder: Path, wish: ExportWish, say: Callable[[str], None]) -> list[str]:

@@ -82,8 +82,12 @@ def write(folder: Path, lines: list[str]) -> None:
 
 
 def card_of(subject: CardSubject, metadata: Mapping[str, Any] | None = None, sections: Sequence[str] = ()) -> list[str]:
-    """The lines of a card; `metadata` joins its head, `sections` stand between its numbers and its code."""
+    """The lines of a card; `metadata` joins its head, and None there leaves a field out of it.
+
+    `sections` stand between its numbers and its code.
+    """
     head = {"base_model": subject.base.title, "library_name": subject.made.library, **(metadata or {})}
+    head = {key: value for key, value in head.items() if value is not None}
     shown = yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip()
     title = f"# {plain(subject.job.spec.name)}"
     lines = ["---", shown, "---", title, "", *_facts(subject), "", *_quality(subject.result), *sections]

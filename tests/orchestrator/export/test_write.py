@@ -125,6 +125,39 @@ def test_a_base_that_nobody_can_get_is_not_published(finished, place, tmp_path):
     assert "--base ORG/NAME" in done.stderr and not (tmp_path / "h").exists()
     export(place, "--hub-folder", "--merged", "--out", tmp_path / "h")
     assert "model.safetensors" in written(tmp_path / "h") and "adapter_config.json" not in written(tmp_path / "h")
+    text = (tmp_path / "h" / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert not head.keys() & {"base_model", "base_model_relation"}  # a folder's name may be another model's there
+    assert "the merged model" in text.partition("- Checked: ")[2].partition("\n")[0]
+    (found,) = head["model-index"]
+    assert found["results"][0]["dataset"] == {"name": "eval.jsonl", "type": "eval"}
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--hub-folder", "--base", "not a name !!"), "is no name of the hub"),
+        (("--hub-folder", "--base", "./models/tied"), "is no name of the hub"),
+        (("--hub-folder", "--base", "a/b", "--language", "Japanese"), "is no code of a language"),
+        (("--hub-folder", "--base", "a/b", "--licence", "My Licence: x"), "is no identifier of the hub"),
+        (("--merged", "--licence", "mit"), "--licence belongs to --hub-folder"),
+        (("--merged", "--base", "whatever"), "--base belongs to --ollama and --hub-folder"),
+        (("--hub-folder", "--base", "a/b", "--converter", "README.md"), "--converter belongs to --gguf and --ollama"),
+    ],
+)
+def test_what_the_hub_does_not_know_or_a_form_does_not_use_is_refused(finished, place, tmp_path, options, reason):
+    (place / "README.md").touch()
+
+    done = export(place, *options, "--out", tmp_path / "h", check=2)
+
+    assert reason in done.stderr and not (tmp_path / "h").exists()
+
+
+def test_the_address_of_a_page_and_a_revision_are_taken(finished, place, tmp_path):
+    export(place, "--hub-folder", "--base", "https://huggingface.co/some-org/a-model@abc", "--out", tmp_path / "h")
+
+    config = json.loads((tmp_path / "h" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some-org/a-model", "abc")
 
 
 CONVERTER = """#!/bin/sh
