@@ -24,12 +24,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
 from clusters.safe.masking import masked_values
-from clusters.safe.reading import BadInput, checked_path, kind_of, name_mistake, open_regular, printable
+from clusters.safe.reading import BadInput, checked_path, kind_of, name_mistake, open_regular, printable, read_json
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError
 from orchestrator.runs import events, json_files, locks
@@ -188,8 +189,21 @@ class RunFolder(Folder):
         return json_files.parse_capability(text or "{}", str(self.path / "capability.json"))
 
     def data(self) -> DataFiles:
-        """Where model and samples lie.  Raises JobError."""
-        return json_files.parse_record(DataFiles, self._require_text("data.json"), str(self.path / "data.json"))
+        """Where model and samples lie; the model where a project that was moved has it now.  Raises JobError."""
+        found = json_files.parse_record(DataFiles, self._require_text("data.json"), str(self.path / "data.json"))
+        if not Path(found.model).exists() and (moved := self._base_beside()):
+            return replace(found, model=str(moved))
+        return found
+
+    def _base_beside(self) -> Path | None:
+        """The base's folder as the adapter names it, from its own place; None where it names none that is there."""
+        exported = self.exported()
+        try:
+            named = read_json(exported / "adapter_config.json")["base_model_name_or_path"] if exported else None
+            folder = (exported / named).resolve() if exported and named else None
+        except (BadInput, OSError, LookupError, TypeError):
+            return None
+        return folder if folder and folder.is_dir() else None
 
     def result(self) -> RunResult | None:
         """What the run came to, None while it has no result.  Raises JobError."""

@@ -28,7 +28,7 @@ class RunFacts:
     step: int = 0
     num_steps: int | None = None
     loss: float | None = None
-    tokens_per_s: float | None = None
+    tokens_per_s: float | None = None  # of the last step; of a run with a result, over all of its training
     seconds: float | None = None  # of the last step
     loss_scale: float | None = None
     started: float | None = None  # seconds since the epoch
@@ -50,7 +50,7 @@ def facts_of(run: RunFolder, summary: EventSummary) -> RunFacts:
         step=last.step if last else 0,
         num_steps=plan.num_steps if plan else None,
         loss=last.loss if last else None,
-        tokens_per_s=last.tokens_per_s if last else None,
+        tokens_per_s=result.tokens_per_s if result else last.tokens_per_s if last else None,
         seconds=last.seconds if last else None,
         loss_scale=last.loss_scale if last else None,
         started=summary.started,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.job.hub import name_in_cache
 from orchestrator.job.job_file import read_job
 from orchestrator.job.model_files import BaseName, name_for_others
+from orchestrator.runs.condition import require_finished
 from orchestrator.training.workers import finished
 from strategies.adapter_bank.adapter import Adapter
 from tests.cases.training import trained
@@ -53,6 +54,20 @@ def job_file(model_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_and_job(job_file):
     return trained(job_file)
+
+
+def test_a_project_that_moves_as_a_whole_finds_its_base_there(run_and_job, job_file, tmp_path):
+    run, job = run_and_job
+    moved = shutil.copytree(job_file.parent, tmp_path / "別の 場所")
+    there, away = job_file.parent / "models", job_file.parent / "models-away"
+    there.rename(away)
+    try:
+        found = type(run)(moved / run.path.relative_to(job_file.parent))
+        assert found.data().model == str(moved / "models" / "tiny")
+        assert require_finished(found).data.model == str(moved / "models" / "tiny")
+        assert finished.merge(found, job, tmp_path / "merged").largest_difference < 1e-3
+    finally:
+        away.rename(there)
 
 
 @pytest.mark.skipif(os.getuid() == 0 and not shutil.which("setpriv"), reason="root needs setpriv to be another user")
