@@ -133,7 +133,8 @@ class ClusterSection(Section):
     num_workers: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "training processes")
     nice: int | None = key(
         None,
-        "niceness of the workers of address: local, 15 without it: other programs get the cores first; at 0 they share",
+        "niceness of the workers of address: local, 15 without it: other programs get the cores first, on Linux those"
+        " of the same login session (sched_autogroup shares cores equally between sessions); at 0 they share",
         ge=0,
         le=19,
     )
