@@ -36,7 +36,7 @@ from orchestrator.runs.search_folder import SearchFolder
 
 _loading = Lock()
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
-_PART = 20  # of a driver's time at most one in so many seconds is spent on sending
+_PART = 10  # of a driver with several runs: it computes at most one in so many seconds for sending
 
 
 class Mirror:
@@ -134,10 +134,11 @@ class Mirrors:
 
     def send_if_due(self) -> None:
         """Have the one send that has waited for longest."""
-        if (began := time.monotonic()) < self._next:
+        if time.monotonic() < self._next:
             return
+        began = time.thread_time()
         min(self._mirrors, key=lambda mirror: mirror.due_at).send_if_due()
-        self._next = began + _PART * (time.monotonic() - began)
+        self._next = time.monotonic() + _PART * (time.thread_time() - began)
 
 
 def sync(run: RunFolder, job: Job, experiment: str | None = None, state: str | None = None) -> str:

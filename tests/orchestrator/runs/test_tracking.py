@@ -225,6 +225,7 @@ def test_mirrors_of_one_driver_take_turns_send_only_what_is_new_and_watch_the_ma
     client, uri = store
     now = [0.0]
     monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tracking.time, "thread_time", lambda: 0.0)
     runs, jobs = zip(*(run_of(uri, name=name) for name in ("first", "second")), strict=True)
     each = [tracking.Mirror(run, job) for run, job in zip(runs, jobs, strict=True)]
     mirrors = tracking.Mirrors(each)
