@@ -63,9 +63,9 @@ class Accelerator:
 
     @property
     def usable_bytes(self) -> int:
-        """What is left to processes beside error correction, driver and display."""
+        """What is left to processes beside error correction, driver and display; 0 where they take all."""
         whole = self.memory_bytes * 15 // 16 if self.ecc_in_memory else self.memory_bytes
-        return whole - driver_bytes(whole) - self.display_bytes
+        return max(0, whole - driver_bytes(whole) - self.display_bytes)
 
 
 @dataclass(frozen=True)

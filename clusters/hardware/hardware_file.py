@@ -194,6 +194,10 @@ def _gpu(gpu: HardwareSection) -> DeviceCapability | None:
     if nominal_bytes:
         card = replace(card, memory_bytes=nominal_bytes)
         figures |= {"memory_bytes": card.usable_bytes, "memory_total_bytes": nominal_bytes}
+    if card.memory_bytes and not card.usable_bytes:
+        taken, whole = card.display_bytes / GIB, card.memory_bytes / GIB
+        of_card = f"{card.name}'s {whole:g} GiB, of which the driver keeps some"
+        gpu.wrong("display_gib", f"{taken:g} leaves nothing of {of_card}; lower it, or state 0 where no screen is")
     return _declare(datasheet.device(card), figures | ({"compute_capability": capability} if capability else {}))
 
 

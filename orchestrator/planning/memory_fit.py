@@ -35,7 +35,7 @@ def device_shortage(plan: StrategyPlan, slot: Slot) -> MemoryShortage | None:
         times = plan.disk_bytes / disk_usable if disk_usable else math.inf
         return MemoryShortage(f"needs {need} of the node's disk, {has}: half of what is free", times)
     host_times = host / host_usable if host_usable else math.inf if host else 0.0
-    times = needed_bytes(plan.memory, slot.device.kind) / usable if usable else math.inf
+    times = needed_bytes(plan.memory, slot.device.kind) / usable if usable > 0 else math.inf
     if max(host_times, times) <= 1:
         return None
     if host_times > times and slot.node.memory_bytes is None:

@@ -162,6 +162,10 @@ def test_what_the_driver_leaves_is_what_pytorch_reports_as_the_capacity(name, gi
     assert find(name).usable_bytes / GIB == pytest.approx(gib, abs=0.12)
 
 
+def test_a_screen_leaves_no_less_than_nothing():
+    assert replace(find("RTX 3050 Laptop 4GB"), display_bytes=4 * GIB).usable_bytes == 0
+
+
 def test_the_screen_of_a_laptop_holds_some_of_its_card():
     laptop = find("RTX 3050 Laptop 4GB")
 

@@ -130,6 +130,17 @@ def test_what_a_screen_holds_of_a_card_is_declared(read):
     assert closed.memory_bytes / GIB == pytest.approx(4 - 0.2 - 0.0075 * 4)
 
 
+def test_a_screen_that_takes_a_whole_card_is_refused(mistakes):
+    found = mistakes(node("gpus: [{name: RTX 3050 Laptop 4GB, display_gib: 4}, {name: RTX 3070, memory_gib: 4}]"))
+    chosen = mistakes(node("gpus: [{name: RTX 3070, memory_gib: 2, display_gib: 1.9}]"))
+
+    assert found == [
+        "nodes[0].gpus[0].display_gib: 4 leaves nothing of RTX 3050 Laptop 4GB's 4 GiB, of which the driver keeps some;"
+        " lower it, or state 0 where no screen is"
+    ]
+    assert chosen[0].startswith("nodes[0].gpus[0].display_gib: 1.9 leaves nothing of RTX 3070's 2 GiB")
+
+
 def test_a_card_with_its_memory_doubled_is_believed(read):
     gpu = read(node("gpus: [{name: RTX 4090, memory_gib: 48}]")).nodes[0].gpus[0]
 

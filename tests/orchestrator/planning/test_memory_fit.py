@@ -1,5 +1,6 @@
 """Plans fit into the memory of their device, and together into that of their node."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,13 @@ def test_a_cpu_needs_half_way_to_the_worst_beside_its_margin():
     assert needed_bytes(memory, "cuda") == 8 * GIB
     assert needed_bytes(memory, "cpu") == pytest.approx(9.5 * GIB)  # 10 of which the margin is a twentieth
     assert needed_bytes(strategy_plan(weights_bytes=8 * GIB).memory, "cpu") == 8 * GIB
+
+
+@pytest.mark.parametrize("usable", [0.0, -0.2 * GIB])
+def test_nothing_fits_into_memory_of_which_nothing_is_left(usable):
+    full = replace(slot(), memory_bytes=usable)
+
+    assert device_shortage(strategy_plan(weights_bytes=GIB), full).times == math.inf
 
 
 def test_a_plan_on_a_cpu_names_its_worst():
