@@ -48,6 +48,9 @@ class DeviceCapability:
     power_w: float | None = None  # under load
     problem: str | None = None  # why nothing can be trained on a GPU, and what to do: one sentence
     doubt: str | None = None  # why the figures may be wrong: they are measured again by a later probe
+    # Of a CPU that workers share, what one has of typical rates that stand in for unknown ones; known ones are divided.
+    core_share: float = 1.0  # of its cores' time: below 1 where more workers than cores take turns
+    memory_share: float = 1.0  # of its memory's bandwidth
     calibration: Mapping[str, float] = field(default_factory=dict)  # number format -> measured / predicted step time
     sources: Mapping[str, Source] = field(default_factory=dict)
 
@@ -65,6 +68,21 @@ class DeviceCapability:
             half, brain = (self.flops_per_s.get(name) or 0.0 for name in ("float16", "bfloat16"))
             return brain > half / 2 if half or brain else None  # RDNA 2 emulates it: measured, and slow
         return "amx_bf16" in self.instruction_sets or "avx512_bf16" in self.instruction_sets
+
+    def shared(self, num_cores: int, threads: int, num_workers: int) -> DeviceCapability:
+        """A CPU of so many cores as one of its workers side by side has it, with so many threads.
+
+        Products by its threads, which take turns where all workers together have more of them than there are cores;
+        an equal part of the memory's bandwidth.
+        """
+        part = min(threads / num_cores, 1 / num_workers)
+        return replace(
+            self,
+            flops_per_s={dtype: rate and rate * part for dtype, rate in self.flops_per_s.items()},
+            memory_bytes_per_s=self.memory_bytes_per_s and self.memory_bytes_per_s / num_workers,
+            core_share=self.core_share * min(1.0, num_cores / (threads * num_workers)),
+            memory_share=self.memory_share / num_workers,
+        )
 
     @property
     def is_measured(self) -> bool:
@@ -133,12 +151,8 @@ class NodeCapability:
             return self
         num_cores = max(1, self.num_cores // num_workers)
         own = replace(
-            device,
+            device.shared(self.num_cores, num_cores, num_workers),
             memory_bytes=device.memory_bytes and device.memory_bytes // num_workers,
-            flops_per_s={
-                dtype: rate and rate * num_cores / self.num_cores for dtype, rate in device.flops_per_s.items()
-            },
-            memory_bytes_per_s=part(device.memory_bytes_per_s),
             power_w=part(device.power_w),
         )
         return replace(

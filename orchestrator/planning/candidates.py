@@ -49,13 +49,10 @@ class Slot:
         return f"{self.node.name} ({self.device.name})"
 
     def as_part_of_cpu(self, workers: int) -> Slot:
-        """With what one of so many workers has of a CPU: products by its threads, a part of the memory's bandwidth."""
-        part = self.threads / self.node.num_cores
-        if part == 1 or self.device.kind != "cpu":
+        """With what one of so many workers has of a CPU: its threads, and their part of products and bandwidth."""
+        if self.device.kind != "cpu" or (self.threads, workers) == (self.node.num_cores, 1):
             return self
-        flops = {dtype: rate and rate * part for dtype, rate in self.device.flops_per_s.items()}
-        bandwidth = self.device.memory_bytes_per_s and self.device.memory_bytes_per_s / workers
-        device = replace(self.device, flops_per_s=flops, memory_bytes_per_s=bandwidth)
+        device = self.device.shared(self.node.num_cores, self.threads, workers)
         return replace(self, node=replace(self.node, num_cores=self.threads), device=device)
 
 

@@ -179,7 +179,7 @@ def product_rate(device: DeviceCapability, node: NodeCapability, dtype: str) -> 
         return known * (_of_datasheet(device, known) if is_datasheet else 1.0), False
     fp32 = device.flops_per_s.get("float32")
     if device.kind == "cpu":
-        rate = fp32 or _CPU_FLOPS_PER_CORE * node.num_cores
+        rate = fp32 or _CPU_FLOPS_PER_CORE * node.num_cores * device.core_share
         half = 1.0 if dtype == "float32" else 2.0 if device.has_bf16_units and dtype == "bfloat16" else None
         return rate * (half or _BF16_WITHOUT_UNITS) * _CPU_PRODUCTS.get(dtype, _CPU_PRODUCTS_16_BITS), True
     has_units = device.has_bf16_units if dtype == "bfloat16" else (device.compute_capability or (0, 0)) >= (7, 0)
@@ -203,7 +203,7 @@ def memory_rate(device: DeviceCapability) -> tuple[float, bool]:
     if device.memory_bytes_per_s:
         is_datasheet = device.sources.get("memory_bytes_per_s") != "measured"
         return device.memory_bytes_per_s * (_MEMORY_OF_DATASHEET if is_datasheet else 1.0), False
-    return (_CPU_BYTES_PER_S if device.kind == "cpu" else _GPU_BYTES_PER_S), True
+    return (_CPU_BYTES_PER_S * device.memory_share if device.kind == "cpu" else _GPU_BYTES_PER_S), True
 
 
 def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work: Work) -> float:

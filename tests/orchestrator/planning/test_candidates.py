@@ -7,6 +7,7 @@ import pytest
 from clusters.capability import ClusterCapability, Link
 from orchestrator.planning.candidates import Slot, Switches, limit_per_node, network_between, waiting_s
 from strategies.cost.network import Network
+from strategies.cost.time import memory_rate, product_rate
 from tests.orchestrator.planning.machines import machine, strategy_plan
 
 A, B, C = machine("a", "RTX 3090", "RTX 3090"), machine("b", "RTX 3090"), machine("c", "RTX 3090")
@@ -37,6 +38,32 @@ def test_a_node_gives_no_more_slots_than_it_offers(offers, names):
     nodes = (replace(node, num_slots=offer) for node, offer in zip((A, B), offers, strict=True))
 
     assert "".join(slot.node.name for slot in limit_per_node(slots(*nodes))) == names
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 16])
+@pytest.mark.parametrize("workers", [1, 2, 4, 8, 16])
+def test_all_workers_of_a_cpu_together_have_no_more_than_the_cpu(cores, workers):
+    node = machine("c", cores=cores)
+    unknown = replace(node.cpu, flops_per_s={}, memory_bytes_per_s=None)
+
+    part, guess = (
+        Slot(node, cpu, 1.0, max(1, cores // workers)).as_part_of_cpu(workers) for cpu in (node.cpu, unknown)
+    )
+
+    assert workers * part.device.flops_per_s["float32"] <= node.cpu.flops_per_s["float32"]
+    assert workers * part.device.memory_bytes_per_s == node.cpu.memory_bytes_per_s
+    typical, of_one = (product_rate(one.device, one.node, "float32")[0] for one in (Slot(node, unknown, 1.0, 1), guess))
+    assert workers * of_one <= 1.001 * typical
+    assert workers * memory_rate(guess.device)[0] == memory_rate(unknown)[0]
+
+
+def test_more_workers_than_cores_take_turns():
+    node = machine("c", cores=2)
+
+    two, eight = (Slot(node, node.cpu, 1.0, 1).as_part_of_cpu(workers).device for workers in (2, 8))
+
+    assert (two.flops_per_s["float32"], eight.flops_per_s["float32"]) == (2.5e11, 5e11 / 8)
+    assert (two.core_share, eight.core_share) == (1.0, 0.25)
 
 
 def test_a_ring_is_as_fast_as_its_slowest_link():

@@ -52,6 +52,8 @@ def test_a_worker_has_its_part_of_the_cores_the_memory_and_the_bandwidth():
     assert part.cpu.flops_per_s == {"float32": 40.0, "bfloat16": None}  # two of five cores
     assert (part.load_w, part.price_per_hour) == (45.0, 0.25)
     assert node.part_of_cpu(1) == node
+    tenth = node.part_of_cpu(10)  # they take turns on five cores
+    assert (tenth.num_cores, tenth.cpu.flops_per_s["float32"], tenth.cpu.core_share) == (1, 10.0, 0.5)
 
 
 @pytest.fixture
