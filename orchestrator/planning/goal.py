@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from clusters.units import format_s
 from orchestrator.errors import JobError, NothingFits
@@ -32,10 +32,11 @@ def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate], phases: Callab
     kept = _within_limits(spec, fitting, phases)
     if spec.goal.max_hours is None:
         kept = [candidate for candidate in kept if phases(candidate).total_s <= LONG_S] or kept
+    cost = _cost_key(spec, kept, phases)
     keys = {
         "time": lambda c: (c.total_s, c.peak_bytes),
         "memory": lambda c: (c.memory_fraction, c.total_s),
-        "cost": lambda c: (_cost_or_time(spec, c, phases), c.total_s),
+        "cost": lambda c: (*cost(c), c.total_s),
         "quality": lambda c: (-(c.quality or 0.0), c.total_s),
     }
     best = min(kept, key=keys[spec.goal.prefer])
@@ -82,7 +83,7 @@ def _within_limits(
     goal, kept = spec.goal, list(fitting)
     limits = (
         ("goal.max_hours", goal.max_hours, lambda c: phases(c).total_s / 3600, "takes {:.2g} h", True),
-        ("goal.max_cost", goal.max_cost, lambda c: price_of(spec, c, phases(c).total_s).total, "costs {:.2f}", True),
+        ("goal.max_cost", goal.max_cost, lambda c: _whole_price(spec, c, phases(c).total_s), "costs {:.2f}", True),
         ("goal.min_quality", goal.min_quality, lambda c: c.quality, "promises {:.3f}", False),
     )
     for key, limit, measure, phrase, at_most in limits:
@@ -91,7 +92,7 @@ def _within_limits(
         measured = [(measure(candidate), candidate) for candidate in kept]
         known = [(value, candidate) for value, candidate in measured if value is not None]
         if not known:
-            raise JobError(f"{key}: cannot be kept, because no machine's price or power is known; state it in cost")
+            raise JobError(_no_whole_price(spec, kept, f"{key} is {limit:g}"))
         passing = [candidate for value, candidate in known if (value <= limit if at_most else value >= limit)]
         if not passing:
             value, best = (min if at_most else max)(known, key=lambda pair: pair[0])
@@ -113,9 +114,58 @@ def _how_to_shorten(phases: Phases) -> str:
     return f"Raise the limit, lower eval.max_rows or eval.max_new_tokens, set eval.before to false, {train}"
 
 
-def _cost_or_time(spec: JobSpec, candidate: Candidate, phases: Callable[[Candidate], Phases]) -> float:
-    total = price_of(spec, candidate, phases(candidate).total_s).total
-    return candidate.total_s / 3600 if total is None else total
+def _whole_price(spec: JobSpec, candidate: Candidate, total_s: float) -> float | None:
+    """None where a machine's price or draw is unknown: what is known is a lower bound, which keeps no limit."""
+    price = price_of(spec, candidate, total_s)
+    return price.total if price.is_whole else None
+
+
+def _cost_key(
+    spec: JobSpec, candidates: Sequence[Candidate], phases: Callable[[Candidate], Phases]
+) -> Callable[[Candidate], tuple[bool, float]]:
+    """What the goal cost wants least of: whole prices before others.
+
+    Without any, the part that is known of all machines; without such a part, time.
+    """
+    part = _known_part(spec, candidates) if spec.goal.prefer == "cost" else None
+
+    def key(candidate: Candidate) -> tuple[bool, float]:
+        seconds = phases(candidate).total_s
+        price = price_of(spec, candidate, seconds)
+        whole = price.total if price.is_whole else None
+        cost = {"whole": whole, "machines": price.machines, "electricity": price.electricity}[part] if part else None
+        return cost is None, seconds if cost is None else cost
+
+    return key
+
+
+def _known_part(spec: JobSpec, candidates: Sequence[Candidate]) -> Literal["whole", "machines", "electricity"] | None:
+    """What prices can be compared by; None where they cannot."""
+    prices = [price_of(spec, candidate, 1.0) for candidate in candidates]
+    if any(price.is_whole for price in prices):
+        return "whole"
+    if not any(price.lacks_price for price in prices):
+        return "machines"
+    return None if any(price.lacks_draw for price in prices) else "electricity"
+
+
+def what_decides(spec: JobSpec, fitting: Sequence[Candidate]) -> str | None:
+    """By what the cheapest was chosen where no price is whole; None where one is, or the goal is another."""
+    if spec.goal.prefer != "cost" or (part := _known_part(spec, fitting)) == "whole":
+        return None
+    deciding = {"machines": "the machines' price", "electricity": "electricity"}.get(part or "", "time")
+    return f"{_no_whole_price(spec, fitting, 'goal.prefer is cost')}. Until then {deciding} decides"
+
+
+def _no_whole_price(spec: JobSpec, candidates: Sequence[Candidate], wish: str) -> str:
+    """That no candidate's price is whole, what is unknown of the one that lacks least, and where to state it."""
+    prices = [price_of(spec, candidate, 1.0) for candidate in candidates]
+    nearest = min(prices, key=lambda price: len(price.without_price) + len(price.without_draw))
+    keys = ["per_hour, or purchase"] * bool(nearest.without_price) + ["load_w"] * bool(nearest.without_draw)
+    return (
+        f"{wish}, and of no way that fits the whole cost is known (unknown: {nearest.unknown}). State it in the"
+        f" hardware file, or as cost.nodes.NAME ({' and '.join(keys)})"
+    )
 
 
 def pareto(items: Sequence[T], costs: Callable[[T], tuple[float, ...]]) -> list[T]:

@@ -33,7 +33,7 @@ from orchestrator.planning.explain import (
     explain_unusable,
     why_nothing_fits,
 )
-from orchestrator.planning.goal import choose_candidate, prior_of, too_long
+from orchestrator.planning.goal import choose_candidate, prior_of, too_long, what_decides
 from orchestrator.planning.pipelines import why_no_stage, with_pipelines
 from orchestrator.planning.plan import Alternative, Beside, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
@@ -248,7 +248,7 @@ def _plan_of(
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
     first, prior = chosen.whole_plan, prior_of(spec, workload.shape.num_parameters, chosen.method)
     nodes = tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share))
-    helper = _helper(spec, choice, held_out)
+    helper, decides = _helper(spec, choice, held_out), what_decides(spec, enumeration.fitting)
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
     keep_best, why_best = resolve_keep_best(spec, workload, evaluation.eval_steps)
     save_steps, why_save = resolve_save_steps(spec, workload, chosen)
@@ -290,7 +290,7 @@ def _plan_of(
         beside=(Beside(helper.node, "measures", helper),) if helper else (),
         objective={"type": spec.objective.type, **asdict(spec.build_objective())},  # type: ignore[call-overload]
         stores_reference=stores_reference(workload, chosen.method.starts_as_base),
-        notes=tuple(chosen.method.exports(workload.shape).warnings),
+        notes=(*chosen.method.exports(workload.shape).warnings, *([decides] if decides else [])),
     )
 
 

@@ -46,14 +46,14 @@ def of_plan(spec: JobSpec, what: str, plan: Plan, num_tokens: float, scale: floa
     def scaled(value: float | None) -> float | None:
         return None if value is None else scale * value
 
-    keys = {"cost.nodes": price.machines, "cost.power_w": price.electricity}
+    keys = {"cost.nodes": price.lacks_price, "cost.power_w": price.lacks_draw}
     cost = Cost(
         what=what,
         seconds=scale * plan.whole_s,
         energy_wh=scaled(price.energy_wh),
         machines=scaled(price.machines),
         electricity=scaled(price.electricity),
-        missing=tuple(key for key, known in keys.items() if known is None),
+        missing=tuple(key for key, is_lacking in keys.items() if is_lacking),
     )
     return completed(spec, cost, num_tokens)
 
@@ -88,8 +88,8 @@ def alternatives(
             continue
         kind = "rent" if node.price_per_hour is not None else "buy" if node.purchase_price is not None else ""
         cost = of_plan(spec, f"{kind} {what}".strip(), plan, num_tokens)
-        lacking = {"price": plan.price.machines, "power_w": plan.price.electricity}
-        missing = tuple(f"{key} of {node.name} in its file" for key, known in lacking.items() if known is None)
+        lacking = {"price": plan.price.lacks_price, "power_w": plan.price.lacks_draw}
+        missing = tuple(f"{key} of {node.name} in its file" for key, is_lacking in lacking.items() if is_lacking)
         guess = "rough: one of its figures is unknown" if plan.is_guess else ""
         found.append(replace(cost, purchase=node.purchase_price, note=guess, missing=missing))
     return found

@@ -180,6 +180,12 @@ def _totals(plan: Plan) -> Text:
         text.append(f"; {price.total:.2f} {price.currency}{energy}")
         if price.machines is None:
             text.append(tr(" (electricity only: the machine's price is unknown)"))
+        elif price.without_price:
+            text.append(tr(f" (without {', '.join(price.without_price)}: the price is unknown)"))
+        if price.electricity is None:
+            text.append(tr(" (without electricity: the draw is unknown)"))
+        elif price.without_draw:
+            text.append(tr(f" (without electricity of {', '.join(price.without_draw)}: the draw is unknown)"))
     if plan.is_guess:
         text.append(
             tr("\nA figure of these machines is unknown; a typical one is used instead, so times are rough."),

@@ -230,7 +230,7 @@ def test_checkpointing_that_was_forbidden_is_proposed():
             JobError,
             "goal.min_quality is 0.9, and no published run says what to expect of a model of",
         ),
-        ("max_cost: 1", JobError, "no machine's price or power is known"),
+        ("max_cost: 1", JobError, "goal.max_cost is 1, and of no way that fits the whole cost is known"),
     ],
 )
 def test_a_goal_that_cannot_be_kept_says_which(goal, error, words):

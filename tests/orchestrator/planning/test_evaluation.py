@@ -183,7 +183,7 @@ def test_what_the_job_states_holds_for_stages_too():
 
 
 def make(text, held_out=ROWS):
-    card = machine("pc", "RTX 3060 12GB", load_w=300.0)
+    card = machine("pc", "RTX 3060 12GB", load_w=300.0, purchase_price=300.0)
     job = parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: a.jsonl}}\n{text}", Path()).spec
     work, _, _ = describe(job, SMALL, [100] * 800, 40_000, 1)
     return make_plan(job, work, ClusterCapability((card,)), 512, held_out, {})

@@ -1,5 +1,7 @@
 """The goal decides among candidates that fit."""
 
+from dataclasses import replace
+
 import pytest
 
 from clusters.units import GIB
@@ -7,7 +9,8 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.sections.machines import GoalSection
 from orchestrator.job.sections.training import DataSection, ModelSection
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.goal import LONG_S, choose_candidate, too_long
+from orchestrator.planning.goal import LONG_S, choose_candidate, too_long, what_decides
+from orchestrator.planning.price import price_of
 from strategies.cost.phases import Phases
 from tests.orchestrator.planning.machines import candidate, machine
 
@@ -70,9 +73,63 @@ def test_a_limit_that_nothing_keeps_is_named_with_the_best_value(goal, error, me
         choose_candidate(spec(**goal), ALL, training_alone)
 
 
-def test_a_cost_limit_needs_a_known_price():
-    with pytest.raises(JobError, match="no machine's price or power is known"):
+def test_a_cost_limit_needs_a_whole_price_and_asks_for_what_is_unknown():
+    with pytest.raises(JobError) as bare:
         choose_candidate(spec(max_cost=1.0), [candidate(node=machine("a"))], training_alone)
+    with pytest.raises(JobError) as drawing:
+        choose_candidate(spec(max_cost=1.0), [candidate(node=UNPRICED)], training_alone)
+
+    assert str(bare.value) == (
+        "goal.max_cost is 1, and of no way that fits the whole cost is known (unknown: the price of a and the draw of"
+        " a). State it in the hardware file, or as cost.nodes.NAME (per_hour, or purchase and load_w)"
+    )
+    assert "(unknown: the price of free)" in str(drawing.value) and "load_w" not in str(drawing.value)
+
+
+UNPRICED = machine("free", "RTX 3090", load_w=400.0)
+PRICED_UNMETERED = replace(machine("bought", "RTX 3090", purchase_price=900.0), devices=machine("b").devices)
+
+
+def together(*nodes, step_s=1.0):
+    """One way to train on a card of each."""
+    alone = [candidate(step_s, node=node) for node in nodes]
+    return replace(alone[0], placed=tuple(one.placed[0] for one in alone))
+
+
+def test_a_machine_of_unknown_price_keeps_no_cost_limit():
+    free, paid = candidate(1.0, node=UNPRICED), candidate(9.0, node=CHEAP)
+
+    assert choose_candidate(spec(max_cost=0.5), [free, together(UNPRICED, CHEAP), paid], training_alone) is paid
+    with pytest.raises(NothingFits, match=r"goal.max_cost is 0.1, and the best that fits costs 0.25"):
+        choose_candidate(spec(max_cost=0.1), [free, together(UNPRICED, CHEAP), paid], training_alone)
+
+
+def test_a_known_rent_counts_beside_an_unknown_one():
+    price = price_of(spec(), together(DEAR, UNPRICED, machine("c")), 3600)
+
+    assert price.machines == 4.0 and price.electricity == pytest.approx(0.4 * 0.3) and price.energy_wh is None
+    assert (price.is_whole, price.without_price, price.without_draw) == (False, ("free", "c"), ("c",))
+    assert price.unknown == "the price of free, c and the draw of c"
+    assert price_of(spec(), FAST, 3600).is_whole  # rented: its draw is in its rate
+
+
+def test_the_cheapest_is_one_whose_price_is_known():
+    free, paid = candidate(1.0, node=UNPRICED), candidate(9.0, node=DEAR)
+
+    assert choose_candidate(spec(prefer="cost"), [free, together(UNPRICED, CHEAP), paid], training_alone) is paid
+    assert what_decides(spec(prefer="cost"), [free, paid]) is None
+
+
+def test_without_a_whole_price_what_is_known_of_all_decides_and_without_that_time():
+    slow, fast = candidate(2.0, node=machine("a", load_w=100.0)), candidate(1.0, node=machine("b", load_w=500.0))
+    bought = candidate(1.5, node=PRICED_UNMETERED)
+    cost = spec(prefer="cost")
+
+    assert choose_candidate(cost, [slow, fast], training_alone) is slow
+    assert what_decides(cost, [slow, fast]).endswith("Until then electricity decides")
+    assert choose_candidate(cost, [slow, fast, bought], training_alone) is fast
+    assert what_decides(cost, [slow, fast, bought]).endswith("Until then time decides")
+    assert what_decides(spec(), [slow, fast]) is None
 
 
 def evaluated_slowly_on(slow):
