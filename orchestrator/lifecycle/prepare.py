@@ -47,6 +47,7 @@ class Ready:
     work: Workload
     data_files: DataFiles | None  # None: planned from the sizes of the files alone
     statistics: dict[str, Any]
+    held_out: HeldOutCounts | None = None  # with which it was planned
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def prepare(
         for notice in model_check.check_model(model_folder, job.spec.methods(), model.trust_remote_code):
             say(notice)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
-    return Ready(job, plan, capability, work, data.files, statistics)
+    return Ready(job, plan, capability, work, data.files, statistics, sizes.held_out)
 
 
 def _check_metrics(job: Job, plan: Plan, held_out: Any, say: _Say) -> None:
@@ -156,7 +157,7 @@ def plan_without_data(
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
     count = len(sizes.lengths) // job.spec.build_objective().num_documents
     statistics = {"train": None, "rough": f"{count} rows of about {sum(sizes.lengths) / count:.0f} tokens"}
-    return Ready(job, plan, capability, work, None, statistics)
+    return Ready(job, plan, capability, work, None, statistics, sizes.held_out)
 
 
 def _without_held_out(job: Job, max_length: int, lengths: list[int], num_supervised: int) -> Sizes:

@@ -13,8 +13,9 @@ from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.language.catalogue import Translator, translator
 from orchestrator.lifecycle.machines import declared
-from orchestrator.lifecycle.prepare import Ready
+from orchestrator.lifecycle.prepare import Ready, sizes_of
 from orchestrator.planning import workload
+from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.planner import make_plan
 from orchestrator.report import tco
@@ -28,20 +29,23 @@ def alternatives_of(job: Job, plan: Plan, files: DataFiles, num_tokens: float) -
     if not Path(files.train).is_dir() or not Path(files.model).is_dir():
         return []
     spec, config = job.spec, model_files.read_config(Path(files.model))
-    data, _ = datasets(files)
+    data, held_out = datasets(files)
+    counts = sizes_of(data, held_out).held_out
     same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
     lengths, num_supervised = data.document_lengths.tolist(), int(data.num_supervised.sum())
     work, _, _ = workload.describe(same, workload.model_shape(config), lengths, num_supervised, 1, tree_ratios(data))
-    return price_alternatives(job, work, Path(spec.cost.alternatives or ""), plan.max_length, num_tokens)
+    return price_alternatives(job, work, counts, Path(spec.cost.alternatives or ""), plan.max_length, num_tokens)
 
 
-def price_alternatives(job: Job, work: Workload, file: Path, max_length: int, num_tokens: float) -> list[tco.Cost]:
-    """The work on each machine of a hardware file, alone."""
+def price_alternatives(
+    job: Job, work: Workload, held_out: HeldOutCounts | None, file: Path, max_length: int, num_tokens: float
+) -> list[tco.Cost]:
+    """The work on each machine of a hardware file, alone, with the job's own evaluation."""
     inside = job.path(str(file))
     found = declared(inside if inside.exists() else file)
     spec = spec_with(job.spec, {"cluster.num_workers": "auto", "cost.nodes": {}})
     return tco.alternatives(
-        spec, found, lambda cluster: make_plan(spec, work, cluster, max_length, None, {}), num_tokens
+        spec, found, lambda cluster: make_plan(spec, work, cluster, max_length, held_out, {}), num_tokens
     )
 
 
@@ -97,7 +101,7 @@ def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple
     costs = [tco.of_plan(job.spec, w("this job"), plan, tokens)]
     file = against or (Path(job.spec.cost.alternatives) if job.spec.cost.alternatives else None)
     if file is not None:
-        costs += price_alternatives(job, work, file, plan.max_length, tokens)
+        costs += price_alternatives(job, work, ready.held_out, file, plan.max_length, tokens)
     return costs, cost_table(w, job.spec.cost.currency, costs)
 
 

@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 
 from clusters.capability import ClusterCapability
+from clusters.hardware.hardware_file import read_hardware
 from orchestrator.errors import NothingFits
 from orchestrator.job.job_file import parse_job
-from orchestrator.planning import price
+from orchestrator.lifecycle.prepare import Ready
+from orchestrator.planning import price, workload
+from orchestrator.planning.evaluation import HeldOutCounts
+from orchestrator.planning.planner import make_plan
 from orchestrator.report import tco
+from orchestrator.report.costs import tco_of_job
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 TEXT = "cost: {currency: JPY, electricity_per_kwh: 30, hours_per_year: 1000, retrainings_per_year: 4}\n"
@@ -103,3 +108,19 @@ def test_no_cost_is_cheapest_where_none_is_whole():
 
     assert tco.cheapest([cost]) is None
     assert tco.cheapest([replace(cost, missing=())]) is not None
+
+
+def test_an_alternative_does_the_same_evaluation_as_the_job(tmp_path):
+    machines = tmp_path / "machines.yaml"
+    machines.write_text("nodes: [{name: same, cores: 16, memory_gib: 64, gpus: [RTX 3060 12GB]}]")
+    text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 512}\neval: {metrics: [rouge_l]}\n"
+    job = parse_job(text, tmp_path)
+    work, _, _ = workload.describe(job.spec, SMALL, [256] * 800, 100_000, 1)
+    rows = HeldOutCounts(80, 20_000, longest_answer=40, num_references=80, is_classification=False)
+    planned = make_plan(job.spec, work, read_hardware(machines), 512, rows, {})
+    ready = Ready(job, planned, read_hardware(machines), work, None, {}, rows)
+
+    (own, other), _ = tco_of_job(job, ready, machines, "en")
+
+    assert other.seconds == own.seconds == planned.whole_s
+    assert planned.phases.evaluation_s > 0 and "held-out rows" not in other.note
