@@ -4,8 +4,8 @@ app       start here: the verbs together, and every error as a message with an e
 bank      the verbs `bank ...` and `adapt`
 bench     the verbs `bench` and `verify`
 export    the verb `export`
-imports   the verb `import`
-jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit
+imports   the verbs that write a job file: init, import
+jobs      the verbs of a job file: recipes, schema, validate, inspect, plan, submit
 machines  the verbs of machines: doctor, probe, techniques, head, join, nodes
 options   what the verbs share: arguments and options, loading a job, printing
 program   how the program is typed where the user stands, its verbs in groups

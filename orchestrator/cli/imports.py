@@ -1,4 +1,4 @@
-"""The verb `import`: a configuration of another fine-tuning tool as a job file."""
+"""The verbs that write a job file: init, and import, which makes one of another fine-tuning tool's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.options import JsonOption, err, print_json, say, show
-from orchestrator.errors import JobError
+from clusters.safe.reading import checked_path
+from orchestrator.cli.options import JsonOption, err, print_json, recipe_text, say, show
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.language.catalogue import tr
 from orchestrator.language.help import fill
@@ -97,3 +98,85 @@ def _listed(draft: JobDraft) -> list[str]:
         if fates:
             lines += [f"{title}:", *(f"  {', '.join(keys)}: {tr(fate)}" for fate, keys in fates.items())]
     return lines + ([f"not set in the file: {', '.join(draft.unset)}"] if draft.unset else [])
+
+
+@verbs.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
+    model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
+    train: Annotated[
+        str | None, typer.Option(help="data.train, looked at for its columns; default: the one data file here")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="copy a recipe and its data instead of the starter")] = None,
+    full: Annotated[bool, typer.Option("--full", help="every key, not the few that most people change first")] = False,
+    force: Annotated[bool, typer.Option(help="overwrite the file")] = False,
+) -> None:
+    """Write a commented starter job file.
+
+    Examples: orchestrator init job.yaml --train mydata.jsonl
+              orchestrator init job.yaml --recipe classify
+    """
+    from orchestrator.data.readers.folders import data_files_of
+    from orchestrator.data.readers.sources import path_from_job
+    from orchestrator.job.schema import starter
+
+    file = resolve_path(path, "init", kind="new file")
+    if file.exists() and not force:
+        raise JobError(f"{path} exists already; --force overwrites it")
+    for option, value in (("--model", model), ("--train", train or "")):
+        if value.encode("utf-8", "replace").decode() != value:
+            raise JobError(f"{option} is not UTF-8 text")
+    if recipe:
+        _copy_recipe(recipe, file, force)
+    else:
+        found, held_out = (path_from_job(train, file.parent, "--train"), None) if train else data_files_of(file.parent)
+        more = _look_at_rows(model, found, file.parent) if found else {}
+        write_text_file(file, starter(model, found or "train.jsonl", held_out, full, more), "init")
+        if found is None:
+            say("data.train is train.jsonl, which is not here: set it to the path of your rows")
+    show(f"wrote {path}. Next: orchestrator validate {path}")
+
+
+def _copy_recipe(name: str, file: Path, force: bool) -> None:
+    """Write a recipe, and beside it the data that it names.  Raises JobError before anything is written."""
+    from clusters.safe.reading import load_yaml
+    from orchestrator.job.job_file import path_values
+    from orchestrator.job.schema import RECIPES
+
+    text = recipe_text(name)
+    named = [one for one in path_values(load_yaml(text)) if (RECIPES / one).is_file()]
+    copies = {file.parent / one: (RECIPES / one).read_text(encoding="utf-8") for one in named}
+    if others := [place for place, rows in copies.items() if place.exists() and not force and not _holds(place, rows)]:
+        raise JobError(f"{others[0]} exists already and holds something else; --force overwrites it")
+    write_text_file(file, text, "init")
+    for place, rows in copies.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text_file(place, rows, "init")
+        show(f"wrote {place.relative_to(file.parent)}")
+
+
+def _holds(place: Path, text: str) -> bool:
+    return place.is_file() and place.read_bytes() == text.encode()
+
+
+def _look_at_rows(model: str, train: str, folder: Path) -> dict[str, Any]:
+    """What to state about the columns of a file, after showing its first row; nothing where it is not here."""
+    from orchestrator.data.readers.remote import scheme_of
+
+    with bad_input_as_job_error("--train"):
+        place = checked_path(train, folder)
+    if scheme_of(train) or not place.exists():
+        show(f"{train} is not a file here: its columns are not looked at; `orchestrator inspect` shows its rows")
+        return {}
+    from orchestrator.lifecycle.inspect_data import look_first
+
+    found = look_first(model, train, folder)
+    stated = {"data.columns": found.guess.columns, "data.roles": found.guess.roles}
+    for key, value in stated.items():
+        if value:
+            listed = ", ".join(f"{name}: {other}" for name, other in value.items())
+            show(f"{key}: {{{listed}}}" + ("" if found.guess.is_sure else "  (a guess: look at the row below)"))
+    row = "".join(f"⟦{text}⟧" if learnt else text for text, learnt in found.pieces)
+    for line in (*found.readings, f"{found.source}, what is learnt between ⟦ and ⟧:", row):
+        show(line)
+    return {key: value for key, value in stated.items() if value}

@@ -115,6 +115,16 @@ def _of_another_tool(file: Path, error: JobError) -> JobError | None:
     return JobError([hint, *(error.mistakes if is_own else [])])
 
 
+def recipe_text(name: str) -> str:
+    """The job file of a recipe.  Raises JobError for a name that is none."""
+    from orchestrator.job.schema import recipes
+
+    known = recipes()
+    if name not in known:
+        raise JobError(f"there is no recipe {name!r}; known: {', '.join(known)}")
+    return known[name][0].read_text(encoding="utf-8")
+
+
 def parse_numbers(option: str, text: str) -> list[int]:
     """Whole numbers above 0, separated by commas; none for an empty text.  Raises JobError."""
     try:

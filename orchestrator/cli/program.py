@@ -65,8 +65,8 @@ GROUPS = {
     },
 }
 MODULES = {  # of this room -> the verbs that it holds
-    "jobs": ("init", "recipes", "validate", "inspect", "schema", "plan", "submit"),
-    "imports": ("import",),
+    "jobs": ("recipes", "validate", "inspect", "schema", "plan", "submit"),
+    "imports": ("init", "import"),
     "runs": ("list", "status", "logs", "stop", "resume", "evaluate", "merge", "sync"),
     "export": ("export",),
     "remote": ("fetch", "send"),
