@@ -245,16 +245,17 @@ def submit(
         _submit_several([load_job(job, set_) for job in jobs], run_id, json_)
         return
     (job,) = jobs
-    if dry_run:
-        plan(job, set_, exact=True, json_=json_)
-        return
     target = ClusterTarget(cluster or "", hardware, attach, run_id)
+    overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
+    if dry_run:
+        _refuse_beside_dry_run(target, {"--render": render, "--detach": detach})
+        plan(job, overrides, hardware, exact=True, json_=json_)
+        return
     if not target.is_kuberay and (render or hardware or attach):
         raise JobError("--render, --attach and --hardware belong to --cluster kuberay; elsewhere use `plan --hardware`")
     if target.is_remote:
         remote.submit(load_job(job, set_), target, render, detach, json_)
         return
-    overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
     try:
         run = _submit_here(load_job(job, overrides), run_id, json_)
     except Stopped as stopped:
@@ -263,6 +264,23 @@ def submit(
         say(str(stopped))  # exit code 0: a supervisor that restarts what fails must not restart this
         return
     print_result(run, json_)
+
+
+def _refuse_beside_dry_run(target: ClusterTarget, given: dict[str, Any]) -> None:
+    """Raises JobError for options of `submit` that a plan alone does not use."""
+    given = given | {"--attach": target.attach, "--run-id": target.run_id}
+    if named := [name for name, value in given.items() if value]:
+        raise JobError(f"{', '.join(named)} beside --dry-run: nothing is sent or started; leave one of them out")
+    if target.is_remote:
+        raise JobError(
+            f"--cluster {target.address} beside --dry-run: its machines plan themselves once the job is there; describe"
+            " them in a file with --hardware instead"
+        )
+    if target.address and target.hardware:
+        raise JobError(
+            f"--cluster {target.address} and --hardware {target.hardware} both say which machines to plan for; leave"
+            " one of them out"
+        )
 
 
 def _submit_here(job: Job, run_id: str | None, as_json: bool) -> RunFolder:

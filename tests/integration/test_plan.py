@@ -170,6 +170,14 @@ def test_a_dry_run_is_the_plan_and_starts_nothing(job, tmp_path):
     assert not [path for path in (tmp_path / "runs").glob("*") if path.name != ".cache"]
 
 
+def test_a_dry_run_plans_for_the_machines_that_are_named(job, tmp_path):
+    shown, _ = orchestrator("submit", job, "--dry-run", "--hardware", "home-lab", "--json", cwd=tmp_path)
+    _, asked = orchestrator("submit", job, "--dry-run", "--cluster", "127.0.0.1:1", cwd=tmp_path, code=4)
+
+    assert json.loads(shown)["nodes"][0]["node"] == "workstation"
+    assert "127.0.0.1:1" in asked
+
+
 def test_a_card_in_use_by_others_and_a_node_that_failed_are_named():
     from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
     from orchestrator.lifecycle.machines import notes

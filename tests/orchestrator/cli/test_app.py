@@ -67,6 +67,13 @@ def test_what_a_disk_refuses_is_a_message_and_no_traceback(tmp_path, monkeypatch
         (["--attach", "a"], "belong to --cluster kuberay"),
         (["--cluster", "http://127.0.0.1:1", "--run-id", "a"], "belongs to --cluster kuberay"),
         (["--cluster", "kuberay:Not_One", "--render", "a.yaml"], "is not a namespace"),
+        (
+            ["--dry-run", "--render", "a.yaml", "--attach", "b", "--detach", "--run-id", "c"],
+            "--render, --detach, --attach, --run-id beside --dry-run: nothing is sent or started",
+        ),
+        (["--dry-run", "--cluster", "http://127.0.0.1:1"], "http://127.0.0.1:1 beside --dry-run: its machines plan"),
+        (["--dry-run", "--cluster", "kuberay"], "--cluster kuberay beside --dry-run"),
+        (["--dry-run", "--cluster", "127.0.0.1:1", "--hardware", "home-lab"], "both say which machines to plan for"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_starts(tmp_path, options, says):
