@@ -67,7 +67,7 @@ class JobSettings:
     retries: int = 1  # with a new cluster, where the driver or the head was lost
     keep_s: int = 600  # the finished job's cluster
     keep_failed_s: int | None = None  # a failed job's, where it should stay longer than another
-    deadline_s: int = 7 * 86400
+    deadline_s: int | None = 7 * 86400  # after which the operator ends a job that hangs; None = never
     start_deadline_s: int = 1800  # for "no GPU ever came"
 
 
@@ -96,7 +96,7 @@ def _common(command: str, settings: JobSettings) -> dict[str, Any]:
     return {
         "entrypoint": command,
         "submissionMode": "K8sJobMode",
-        "activeDeadlineSeconds": settings.deadline_s,
+        **({"activeDeadlineSeconds": settings.deadline_s} if settings.deadline_s is not None else {}),
         "preRunningDeadlineSeconds": settings.start_deadline_s,
         "backoffLimit": 0,
         "submitterPodTemplate": {"spec": pod},

@@ -16,7 +16,7 @@ import yaml
 from clusters.capability import ClusterCapability
 from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, JobSettings, PodGroup, config_map, mistakes, rayjob, rayjob_on
 from clusters.safe.reading import BadInput, load_yaml, read_text
-from clusters.units import GIB, format_bytes
+from clusters.units import GIB, format_bytes, format_s
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.secrets import refuse_written_out, secret_names
@@ -26,6 +26,8 @@ from orchestrator.remote.package import Packed, find_files, make_document, size_
 _LEAST_POD_BYTES = 4 * GIB
 _BESIDE_BYTES = 2 * GIB  # Ray and the libraries of a pod whose plan counts its device's memory
 _JOB_FOLDER = "/etc/orchestrator"
+_LEAST_DEADLINE_S, _MOST_DEADLINE_S = 7 * 86400, 2**31 - 1  # the second is what the field holds
+_DEADLINE = 3  # times the longest that the job is meant to take: a prediction may be off, and a retry begins anew
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
 
 
@@ -49,6 +51,17 @@ class Objects:
         return f"{self.storage}/runs"
 
     @property
+    def ends(self) -> str:
+        """When Kubernetes ends the job, whether it is done or not."""
+        seconds = self.job["spec"].get("activeDeadlineSeconds")
+        if seconds is None:
+            return "Kubernetes ends the job at no time by itself: state goal.max_hours where it should"
+        return (
+            f"Kubernetes ends the job after {format_s(seconds)} (activeDeadlineSeconds): {_DEADLINE} times the longest"
+            " that the plan or goal.max_hours says, and at least a week"
+        )
+
+    @property
     def folder(self) -> str:
         return folder_of(self.storage, self.name)
 
@@ -63,7 +76,7 @@ def render(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, 
 
     Text files that fit into a ConfigMap go into it; others are `uploads`.
     """
-    settings = _settings(job, namespace)
+    settings = _settings(job, namespace, plan.phases.total_s or plan.total_s)
     groups = make_groups(plan, capability)
     slots = sum(group.count for group in groups)  # a pod that runs has not joined yet, or an autoscaler brings it
     packed = find_files(job)
@@ -103,7 +116,16 @@ def _check(objects: Objects) -> Objects:
     return objects
 
 
-def _settings(job: Job, namespace: str) -> JobSettings:
+def deadline_s(job: Job, predicted_s: float | None) -> int | None:
+    """Seconds after which Kubernetes ends the job, at least a week; None where neither plan nor goal says how long."""
+    goal_s = 3600 * job.spec.goal.max_hours if job.spec.goal.max_hours else None
+    known = [seconds for seconds in (predicted_s, goal_s) if seconds is not None]
+    if not known:
+        return None
+    return int(min(_MOST_DEADLINE_S, max(_LEAST_DEADLINE_S, _DEADLINE * max(known))))
+
+
+def _settings(job: Job, namespace: str, predicted_s: float | None = None) -> JobSettings:
     refuse_written_out(yaml.safe_load(job.text), "the ConfigMap, which others of the cluster may read,")
     if (names := secret_names(job.spec)) and not job.spec.kubernetes.secret:
         raise JobError(
@@ -112,7 +134,8 @@ def _settings(job: Job, namespace: str) -> JobSettings:
         )
     asked = {name: getattr(job.spec.kubernetes, name) for name in type(job.spec.kubernetes).model_fields}
     storage = job.spec.cluster.storage
-    return JobSettings(namespace=namespace, storage=storage if storage.startswith("/") else "/storage", **asked)
+    storage = storage if storage.startswith("/") else "/storage"
+    return JobSettings(namespace=namespace, storage=storage, deadline_s=deadline_s(job, predicted_s), **asked)
 
 
 def _texts(packed: Packed) -> dict[str, str] | None:
@@ -212,8 +235,9 @@ def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
     made = [part for part in (objects.config, objects.job) if part]
     for line in objects.sent.lines():
         say(line)
+    say(objects.ends)
     try:
-        file.write_text(to_yaml(*made), encoding="utf-8")
+        file.write_text(f"# {objects.ends}\n{to_yaml(*made)}", encoding="utf-8")
     except OSError as error:
         raise JobError(f"--render {file}: cannot be written: {error.strerror}") from None
     namespace = objects.job["metadata"]["namespace"]

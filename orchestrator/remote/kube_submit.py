@@ -83,6 +83,7 @@ def _send(run: RunFolder, client: Any, objects: kube_objects.Objects, say: Say) 
     """Create a run's objects, its data first, and keep them in kube.yaml."""
     run.write("kube.yaml", kube_objects.to_yaml(objects.job, *([objects.config] if objects.config else [])))
     package.report(objects.sent, run, say)
+    say(objects.ends)
     client.rehearse(objects.job, objects.config)
     if objects.uploads or objects.texts:
         packed = package.archive(objects.uploads, objects.texts)

@@ -12,7 +12,7 @@ from clusters.safe.masking import holds_secret
 from clusters.units import GIB
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
-from orchestrator.remote.kube_objects import object_name, render_on
+from orchestrator.remote.kube_objects import deadline_s, object_name, render_on
 from tests.cli import called
 from tests.conftest import SMALL_MODEL, rows, write_jsonl
 from tests.kube_schema import documents, verdict
@@ -282,6 +282,30 @@ def test_submit_renders_a_job_that_is_taken(job):
     assert made["metadata"]["namespace"] == "ray" and made["metadata"]["name"].startswith("support-bot-")
     assert "--run-id " + made["metadata"]["name"] in made["spec"]["entrypoint"]
     assert json.dumps(made).count("nvidia.com/gpu") >= 2
+
+
+def test_a_long_job_is_not_ended_before_three_times_its_plan_or_goal(job):
+    def rendered(*stated):
+        done = render(job, "--hardware", "nodes.yaml", "--render", "out.yaml", *stated)
+        assert done.returncode == 0 and "activeDeadlineSeconds" in done.stderr, done.stderr
+        text = (job / "out.yaml").read_text()
+        return text.splitlines()[0], documents(text)[1]["spec"]["activeDeadlineSeconds"]
+
+    assert rendered()[1] == 7 * 86400
+    said, seconds = rendered("--set", "goal.max_hours=1000")
+    assert seconds == 3 * 1000 * 3600 and said.startswith("# Kubernetes ends the job after 125 days")
+    asked = parse_job((job / "job.yaml").read_text(), job)
+    assert [deadline_s(asked, seconds) for seconds in (60.0, 1e6, 1e12)] == [7 * 86400, 3_000_000, 2**31 - 1]
+
+
+def test_a_job_that_is_planned_on_its_cluster_has_no_deadline_but_that_of_its_goal(job):
+    def attached(**goal):
+        values = yaml.safe_load((job / "job.yaml").read_text())
+        asked = parse_job(yaml.safe_dump({**values, "cluster": {"storage": "/storage"}, "goal": goal}), job)
+        return render_on("finetune", asked, "team", "a").job["spec"].get("activeDeadlineSeconds")
+
+    assert attached() is None
+    assert attached(max_hours=1000) == 3 * 1000 * 3600
 
 
 @pytest.mark.parametrize(
