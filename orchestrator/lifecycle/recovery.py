@@ -381,8 +381,8 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
         "train.optim": plan.optim,
         "train.gradient_accumulation_steps": "auto",
         "cluster.num_workers": min(stated, max(1, num_slots)) if isinstance(stated, int) else stated,
-        # ZeRO and stages need several workers; one that is left alone continues whole, from the same whole checkpoint.
-        "strategy.mode": "auto" if num_slots < 2 and (mode.startswith("zero") or mode == "pipeline") else mode,
+        # Other modes need several workers; one that is left alone continues whole, from the same whole checkpoint.
+        "strategy.mode": mode if num_slots > 1 or mode == "single" else "auto",
     }
     pipeline = job.spec.strategy.pipeline
     opened = {"stages": "auto"} if isinstance(pipeline.stages, int) and pipeline.stages > num_slots else {}

@@ -28,6 +28,7 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
     _refuse_beside_regularisation(spec)
     _refuse_strategy(spec, slots)
     _refuse_pipeline(spec, workload, slots)
+    _refuse_workers(spec, len(limit_per_node(slots)))
     _refuse_kernels(spec)
     if all(slot.device.kind == "cpu" for slot in slots):
         _refuse_on_cpus(spec)
@@ -169,7 +170,13 @@ def _refuse_strategy(spec: JobSpec, slots: Sequence[Slot]) -> None:
         raise JobError(
             [f"strategy.deepspeed.{key}: the plan decides it; set it by {where}" for key, where in decided.items()]
         )
-    if strategy.mode.startswith("zero") and (len(limit_per_node(slots)) < 2 or spec.cluster.num_workers == 1):
+    workers, count = spec.cluster.num_workers, len(limit_per_node(slots))
+    if strategy.mode == "ddp" and (count < 2 or workers == 1):
+        raise JobError(
+            "strategy.mode: ddp trains on several devices, and here is one worker; set it to auto, or add a device and"
+            " leave cluster.num_workers at auto"
+        )
+    if strategy.mode.startswith("zero") and (count < 2 or workers == 1):
         raise JobError(
             f"strategy.mode: {strategy.mode} divides among devices, and here is one worker; set it to auto, or"
             " cluster.num_workers to at least 2"
@@ -308,6 +315,14 @@ def refuse_slow_links(spec: JobSpec, slots: Sequence[Slot], cluster: ClusterCapa
         )
 
 
+def _refuse_workers(spec: JobSpec, count: int) -> None:
+    """Raises JobError for more workers than there are devices."""
+    workers = spec.cluster.num_workers
+    if isinstance(workers, int) and workers > count:
+        can = f"{count} {'devices' if count > 1 else 'device'} can train"
+        raise JobError(f"cluster.num_workers is {workers}, and {can}; set it to auto or let more machines join first")
+
+
 def _refuse_kernels(spec: JobSpec) -> None:
     attention, packing, compiled = spec.model.attn_implementation, spec.data.packing, spec.train.torch_compile
     if attention == "document" and packing is False:
@@ -373,7 +388,7 @@ def stated_workers(spec: JobSpec, num_slots: int) -> int | None:
     """How many workers the job states, by their number or by its mode; None where it leaves that open."""
     stated, mode = spec.cluster.num_workers, spec.strategy.mode
     if isinstance(stated, int):
-        return min(stated, num_slots)
+        return stated
     return {"ddp": num_slots, "single": 1}.get(mode)
 
 

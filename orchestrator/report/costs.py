@@ -43,7 +43,8 @@ def price_alternatives(
     """The work on each machine of a hardware file, alone, with the job's own evaluation."""
     inside = job.path(str(file))
     found = declared(inside if inside.exists() else file)
-    spec = spec_with(job.spec, {"cluster.num_workers": "auto", "cost.nodes": {}})
+    alone = {"strategy.mode": "auto"} if job.spec.strategy.mode == "ddp" else {}  # whose machine may have one device
+    spec = spec_with(job.spec, {"cluster.num_workers": "auto", "cost.nodes": {}, **alone})
     return tco.alternatives(
         spec, found, lambda cluster: make_plan(spec, work, cluster, max_length, held_out, {}), num_tokens
     )

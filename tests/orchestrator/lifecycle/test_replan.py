@@ -32,6 +32,19 @@ def test_stages_that_were_stated_are_as_many_as_machines_are_left(tmp_path):
     ]
 
 
+def test_one_worker_that_is_left_of_several_with_everything_continues_alone(tmp_path):
+    text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl}\nstrategy: {mode: ddp}\ncluster: {num_workers: 2}\n"
+    nodes = [machine(name, "RTX 3060 12GB") for name in "ab"]
+    first = plan(TINY, *nodes, text="strategy: {mode: ddp}\n", link_bytes_per_s=118e6)
+
+    two, one = (
+        fixed_job(parse_job(text, tmp_path), first, METHOD_SECTIONS[first.method["type"]], left).spec for left in (2, 1)
+    )
+
+    assert (two.strategy.mode, two.cluster.num_workers) == ("ddp", 2)
+    assert (one.strategy.mode, one.cluster.num_workers) == ("auto", 1)
+
+
 def test_pipelines_that_were_stated_may_be_fewer_when_a_machine_is_lost(tmp_path):
     text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 2048}\ncluster: {num_workers: 4}\n"
     job = parse_job(f"{text}strategy: {{mode: pipeline, pipeline: {{stages: 2, replicas: 2}}}}\n", tmp_path)
