@@ -287,11 +287,11 @@ def _evaluation_s(
 def _generation_s(candidate: Candidate, workload: Workload, num_answers: int, num_tokens: int) -> float:
     """Answers to all prompts; a batch takes as many steps as its longest answer.
 
-    Copies of the model answer their parts at once; a token passes the stages of one one after the other.
+    Copies of the model answer their shares at once; a token passes the stages of one one after the other.
     """
-    own = math.ceil(num_answers / len(candidate.replicas))
     found = []
     for parts in candidate.replicas:
+        own = max(1, math.ceil(num_answers * parts[0].share - 1e-9)) if num_answers else 0
         rows = min(_prompts_at_once(part, workload, own, num_tokens) for part in parts)
         token_s = 0.0
         for part in parts:

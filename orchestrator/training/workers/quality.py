@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.data.dataset import Dataset
+from orchestrator.data.packing import split_by_share
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.scoring.answers import extract, pairs_of_answers
 from orchestrator.job.scoring.functions import call, functions_of, load, name_of
@@ -49,7 +50,8 @@ def _measure(
     context: WorkerContext, setup: TrainSetup, techniques: Techniques, tokenizer: Any, held_out: Dataset
 ) -> dict[str, Any]:
     started, plan, group, spec = time.perf_counter(), context.plan, context.group, context.job.spec.eval
-    losses = evaluate_rows(setup, held_out, techniques, group)
+    shares = planned_shares(context)
+    losses = evaluate_rows(setup, held_out, techniques, group, shares)
     quality: dict[str, Any] = {"eval_loss": losses.loss, **losses.rewards, "rows": len(held_out)}
     if plan.metrics:
         refuse_tokenizer(spec.tokenizer, plan.metrics)
@@ -61,7 +63,7 @@ def _measure(
             cache_bytes=min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes),
             sampling=sampling_of(context.job.spec),
         )
-        mine = indices[group.replica :: group.num_replicas]
+        mine = split_by_share([1] * len(indices), shares)[group.replica]  # answers end alike: prompts are counted
         own = generate_answers(setup.model, tokenizer, held_out, mine, generation)
         answers: list[GeneratedAnswer] = [one for part in group.gather(own if group.leads else []) for one in part]
         quality |= {"answers": len(answers)} | scores_of(context, [(one.generated, one.reference) for one in answers])
@@ -72,6 +74,15 @@ def _measure(
         quality["samples"] = [dataclasses.asdict(answer) for answer in answers[: spec.num_samples]]
     quality["seconds"] = round(time.perf_counter() - started, 2)
     return quality
+
+
+def planned_shares(context: WorkerContext) -> list[float]:
+    """What the plan gives each copy of the model, by replica: held-out rows are divided as steps are.  Collective."""
+    group = context.group
+    if group.num_replicas == 1:
+        return [1.0]
+    shares_W = group.gather(context.part.share)
+    return [shares_W[group.ranks_of(replica)[0]] for replica in range(group.num_replicas)]
 
 
 def scores_of(context: WorkerContext, pairs: list[tuple[str, str]]) -> dict[str, Any]:

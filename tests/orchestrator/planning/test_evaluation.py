@@ -16,6 +16,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import (
     HeldOutCounts,
     cache_usable_bytes,
+    phases_of,
     resolve_eval_steps,
     resolve_max_new_tokens,
     resolve_metrics,
@@ -24,7 +25,7 @@ from orchestrator.planning.planner import make_plan
 from orchestrator.planning.workload import describe
 from strategies.contract import MemoryEstimate
 from strategies.cost.phases import saving_s
-from tests.orchestrator.planning.machines import MIDDLE, SMALL, machine
+from tests.orchestrator.planning.machines import MIDDLE, SMALL, candidate, machine
 
 ROWS = HeldOutCounts(num_samples=80, num_tokens=5000, longest_answer=40, num_references=80, is_classification=False)
 NO_ROWS = "there are no held-out rows"
@@ -207,3 +208,18 @@ def test_how_answers_are_drawn_is_stated_where_some_are():
         make("eval: {temperature: 0.7, metrics: []}\n")
     with pytest.raises(JobError, match=r"eval\.temperature needs held-out rows"):
         make("eval: {temperature: 0.7}\n", held_out=None)
+
+
+def test_machines_answer_their_shares_of_the_prompts_at_once():
+    text = "eval: {max_new_tokens: 64, max_rows: 80, metrics: [rouge_l], eval_steps: null}\n"
+    job = parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: a.jsonl}}\n{text}", Path()).spec
+    work, _, _ = describe(job, SMALL, [100] * 800, 40_000, 1)
+    one = candidate(node=machine("a", "RTX 3090"))
+    slow = replace(one.placed[0], slot=candidate(node=machine("c")).placed[0].slot)
+
+    def evaluation_s(share):
+        parts = replace(one.placed[0], share=1 - share), replace(slow, share=share)
+        return phases_of(job, replace(one, placed=parts), work, ROWS).evaluation_s
+
+    alone = phases_of(job, replace(one, placed=(slow,)), work, ROWS).evaluation_s
+    assert evaluation_s(0.05) < 0.3 * evaluation_s(0.5) < 0.3 * alone
