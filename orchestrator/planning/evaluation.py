@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from clusters.units import format_bytes, format_s
 from orchestrator.errors import JobError
@@ -228,6 +228,34 @@ def resolve_keep_best(spec: JobSpec, workload: Workload, eval_steps: int | None)
             "checkpoint.load_best_model_at_end needs data.eval and eval.eval_steps; add them or set it to false"
         )
     return stated, None
+
+
+@dataclass(frozen=True)
+class WholeJobs:
+    """The whole job by each candidate; phases are computed once, since a goal asks for them many times."""
+
+    spec: JobSpec
+    workload: Workload
+    held_out: HeldOutCounts | None
+    alone: Mapping[str, Sequence[Placed]]  # by method: each device that could run the model by itself, and how
+    _known: dict[int, tuple[Candidate, Phases]] = field(default_factory=dict)  # by identity: a candidate has no hash
+
+    def phases(self, candidate: Candidate) -> Phases:
+        """Seconds of each phase; the base model is evaluated meanwhile where an excluded node could."""
+        if id(candidate) not in self._known:
+            is_helped = next(self.helpers(candidate), None) is not None
+            found = phases_of(self.spec, candidate, self.workload, self.held_out, is_helped)
+            self._known[id(candidate)] = candidate, found
+        return self._known[id(candidate)][1]
+
+    def helpers(self, candidate: Candidate) -> Iterator[Placed]:
+        """Devices of excluded nodes that could evaluate the base model while the others train."""
+        if self.held_out is None or not self.spec.eval.before or self.spec.cluster.address == "local":
+            return
+        taking_part = {node.name for node in candidate.nodes}
+        for part in self.alone.get(candidate.method.name, ()):
+            if part.slot.node.name not in taking_part:
+                yield part
 
 
 def phases_of(

@@ -21,31 +21,38 @@ T = TypeVar("T")
 # one machine take minutes to days; in two weeks a machine is restarted (updates, heat, power), the loss says in hours
 # whether a run is worth it, and a rented card does the same work in a day.
 LONG_S = 14 * 86400.0
-_ABOUT_AS_FAST = 1.15  # times the fastest: a model's error in time is larger than this
+_NEAR = 0.15  # of the fastest's training and evaluation: a model's error in time is larger than this
 
 
 def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate], phases: Callable[[Candidate], Phases]) -> Candidate:
     """The best by the goal.  Raises NothingFits naming the limit that no candidate keeps.
 
-    Limits hold for the whole job, whose phases are given; what is fastest is asked of the training.
+    Limits hold for the whole job, whose phases are given, and so does what is fastest: a machine that trains a little
+    and evaluates slowly would make the job longer.
     """
     kept = _within_limits(spec, fitting, phases)
+
+    def whole_s(candidate: Candidate) -> float:
+        return phases(candidate).total_s
+
     if spec.goal.max_hours is None:
-        kept = [candidate for candidate in kept if phases(candidate).total_s <= LONG_S] or kept
+        kept = [candidate for candidate in kept if whole_s(candidate) <= LONG_S] or kept
     cost = _cost_key(spec, kept, phases)
     keys = {
-        "time": lambda c: (c.total_s, c.peak_bytes),
-        "memory": lambda c: (c.memory_fraction, c.total_s),
-        "cost": lambda c: (*cost(c), c.total_s),
-        "quality": lambda c: (-(c.quality or 0.0), c.total_s),
+        "time": lambda c: (whole_s(c), c.peak_bytes),
+        "memory": lambda c: (c.memory_fraction, whole_s(c)),
+        "cost": lambda c: (*cost(c), whole_s(c)),
+        "quality": lambda c: (-(c.quality or 0.0), whole_s(c)),
     }
     best = min(kept, key=keys[spec.goal.prefer])
     if spec.goal.prefer != "time":
         return best
     # Of candidates about as fast: the best expected quality; then the plain one, whose shares may be uneven and whose
     # steps may be repeated, before one that is divided.
-    about = [candidate for candidate in kept if candidate.total_s <= _ABOUT_AS_FAST * best.total_s]
-    return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, c.total_s, c.peak_bytes))
+    of_best = phases(best)
+    near_s = of_best.total_s + _NEAR * (of_best.training_s + of_best.evaluation_s)
+    about = [candidate for candidate in kept if whole_s(candidate) <= near_s]
+    return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, whole_s(c), c.peak_bytes))
 
 
 def too_long(spec: JobSpec, candidate: Candidate, phases: Phases) -> str | None:

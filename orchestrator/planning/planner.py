@@ -18,7 +18,7 @@ from orchestrator.planning.candidates import Candidate, Placed, Slot, Switches, 
 from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.evaluation import (
     HeldOutCounts,
-    phases_of,
+    WholeJobs,
     resolve_evaluation,
     resolve_keep_best,
     resolve_save_steps,
@@ -162,12 +162,12 @@ class ChosenCandidate:
     workload: Workload
     enumeration: Enumeration
     candidate: Candidate
+    jobs: WholeJobs
 
-    def phases(self, inputs: PlanInputs) -> Phases:
+    @property
+    def phases(self) -> Phases:
         """Seconds of the whole job, by phase."""
-        spec, held_out = inputs.spec, inputs.held_out
-        is_helped = _helper(spec, self, held_out) is not None
-        return phases_of(spec, self.candidate, self.workload, held_out, is_helped)
+        return self.jobs.phases(self.candidate)
 
 
 def make_plan(
@@ -187,7 +187,7 @@ def make_plan(
     choice = _choose(inputs, enumeration, num_slots)
     if choice is None:
         raise NothingFits(why_nothing_fits(inputs, enumeration, accepts))
-    if too_slow := too_long(spec, choice.candidate, choice.phases(inputs)):
+    if too_slow := too_long(spec, choice.candidate, choice.phases):
         raise NothingFits("\n".join([too_slow, *describe_remedies(inputs, accepts)]))
     larger = _larger_steps(inputs, choice, num_slots)
     return _plan_of(spec, choice, held_out, reasons, (larger,) if larger else ())
@@ -214,7 +214,7 @@ def accepts(inputs: PlanInputs) -> bool:
         if enumeration.switches.rows is None and {inputs.spec.goal.max_hours, inputs.spec.goal.max_cost} == {None}:
             enumeration = replace(enumeration, switches=replace(enumeration.switches, rows=1))
         choice = _choose(inputs, enumeration, num_slots)
-        return choice is not None and too_long(inputs.spec, choice.candidate, choice.phases(inputs)) is None
+        return choice is not None and too_long(inputs.spec, choice.candidate, choice.phases) is None
     except (JobError, NothingFits):
         return False
 
@@ -229,12 +229,14 @@ def _choose(
     enumeration.other_groups = [found for found in fitting if not has_stated_workers(spec, found, num_slots)]
     if not enumeration.fitting:
         return None
-
-    def phases(candidate: Candidate) -> Phases:
-        return ChosenCandidate(enumeration.workload, enumeration, candidate).phases(inputs)
-
-    best = choose_candidate(spec, enumeration.fitting, phases)
-    return ChosenCandidate(enumeration.workload, enumeration, best)
+    alone: dict[str, list[Placed]] = {}
+    for found in enumeration.fitting:
+        if len(found.placed) == 1:
+            like = enumeration.slots_like(found.placed[0].slot)
+            alone.setdefault(found.method.name, []).extend(replace(found.placed[0], slot=slot) for slot in like)
+    jobs = WholeJobs(spec, enumeration.workload, inputs.held_out, alone)
+    best = choose_candidate(spec, enumeration.fitting, jobs.phases)
+    return ChosenCandidate(enumeration.workload, enumeration, best, jobs)
 
 
 def _plan_of(
@@ -248,11 +250,11 @@ def _plan_of(
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
     first, prior = chosen.whole_plan, prior_of(spec, workload.shape.num_parameters, chosen.method)
     nodes = tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share))
-    helper, decides = _helper(spec, choice, held_out), what_decides(spec, enumeration.fitting)
+    helper, decides = _helper(choice), what_decides(spec, enumeration.fitting)
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
     keep_best, why_best = resolve_keep_best(spec, workload, evaluation.eval_steps)
     save_steps, why_save = resolve_save_steps(spec, workload, chosen)
-    phases = phases_of(spec, chosen, workload, held_out, helper is not None)
+    phases = choice.phases
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}
     reasons = explain_choice(spec, chosen, enumeration.fitting, workload) | reasons | evaluation.reasons | why_options
@@ -322,22 +324,10 @@ def _node_plan_of(part: Placed) -> NodePlan:
     )
 
 
-def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | None) -> NodePlan | None:
+def _helper(choice: ChosenCandidate) -> NodePlan | None:
     """The fastest excluded node that could run the model: it evaluates the base model while the others train."""
-    if held_out is None or not spec.eval.before or spec.cluster.address == "local":
-        return None
-    chosen = choice.candidate
-    taking_part = {node.name for node in chosen.nodes}
-    free = [
-        replace(found.placed[0], slot=slot)
-        for found in choice.enumeration.fitting
-        if len(found.placed) == 1 and found.method.name == chosen.method.name
-        for slot in choice.enumeration.slots_like(found.placed[0].slot)
-        if slot.node.name not in taking_part
-    ]
-    if not free:
-        return None
-    return replace(_node_plan_of(min(free, key=lambda part: part.plan.time.step_s)), share=0.0)
+    best = min(choice.jobs.helpers(choice.candidate), key=lambda part: part.plan.time.step_s, default=None)
+    return replace(_node_plan_of(best), share=0.0) if best else None
 
 
 def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:

@@ -15,6 +15,7 @@ from orchestrator.job.sections.training import DataSection, EvalSection, ModelSe
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import (
     HeldOutCounts,
+    WholeJobs,
     cache_usable_bytes,
     phases_of,
     resolve_eval_steps,
@@ -223,3 +224,26 @@ def test_machines_answer_their_shares_of_the_prompts_at_once():
 
     alone = phases_of(job, replace(one, placed=(slow,)), work, ROWS).evaluation_s
     assert evaluation_s(0.05) < 0.3 * evaluation_s(0.5) < 0.3 * alone
+
+
+@pytest.mark.parametrize("card", ["RTX 3090", "RTX 3060 12GB"])
+def test_a_machine_beside_never_makes_the_whole_job_longer(card):
+    text = "eval: {max_rows: 200, max_new_tokens: 512, metrics: [rouge_l], eval_steps: null, before: false}\n"
+    rows = HeldOutCounts(200, 20_000, 400, 200, False)
+    job = parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: a.jsonl}}\n{text}", Path()).spec
+    work, _, _ = describe(job, SMALL, [300] * 1600, 1600 * 128, 1)
+    gpu, slow = machine("a", card), machine("b", cores=8)
+    links = (Link(("a", "b"), 1.2e9, 1e-4),)
+
+    alone = make_plan(job, work, ClusterCapability((gpu,)), 512, rows, {})
+    beside = make_plan(job, work, ClusterCapability((gpu, slow), links), 512, rows, {})
+
+    assert beside.whole_s <= alone.whole_s + 0.15 * (alone.total_s + alone.phases.evaluation_s)
+
+
+def test_each_candidate_s_phases_are_computed_once():
+    work, _, _ = describe(spec(), SMALL, [100] * 800, 40_000, 1)
+    jobs, one = WholeJobs(spec(), work, ROWS, {}), candidate()
+
+    assert jobs.phases(one) is jobs.phases(one)
+    assert jobs.phases(replace(one, sync_s=1.0)).training_s == one.total_s + one.num_steps

@@ -137,12 +137,13 @@ def evaluated_slowly_on(slow):
     return lambda one: Phases(start_s=20, evaluation_s=500.0 * (one is slow), training_s=one.total_s)
 
 
-def test_limits_hold_for_the_whole_job_and_the_fastest_training_may_break_them():
+def test_the_fastest_and_the_limits_are_of_the_whole_job():
     phases = evaluated_slowly_on(FAST)
 
-    assert choose_candidate(spec(), ALL, phases) is FAST
+    assert choose_candidate(spec(), ALL, training_alone) is FAST
+    assert choose_candidate(spec(), ALL, phases) is SMALL  # 220 s with evaluation and start, not 620
     assert choose_candidate(spec(max_hours=600 / 3600), ALL, phases) is SMALL  # 100 s of training and 520 beside it
-    assert choose_candidate(spec(max_hours=640 / 3600), ALL, phases) is FAST
+    assert choose_candidate(spec(max_hours=640 / 3600), [FAST], phases) is FAST
     assert choose_candidate(spec(max_cost=0.3), ALL, phases) is SMALL  # 220 s at 4 an hour, not 620
 
 
