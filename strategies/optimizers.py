@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+ADAM_NUMBERS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_BETAS, _NONE = ADAM_NUMBERS[:2], ()
 Sight = Literal["element", "matrix"]  # what one update looks at: each number alone, or a whole matrix
 
 
@@ -22,6 +24,7 @@ class OptimizerFacts:
     orthogonalises: bool = False  # products with each matrix at every update
     averages: bool = False  # trains between two points and hands back their average; its rate needs no schedule
     warms_up: bool = True  # its rate rises in so many first steps as the job says
+    adam_numbers: tuple[str, ...] = ADAM_NUMBERS  # of a job that it reads
 
     @property
     def has_eight_bit_state(self) -> bool:
@@ -72,21 +75,22 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "ademamix_8bit": OptimizerFacts(3.0 + 3 * _SCALE, library=_BNB),
     "paged_ademamix_32bit": OptimizerFacts(12.0, library=_BNB, is_paged=True),
     "paged_ademamix_8bit": OptimizerFacts(3.0 + 3 * _SCALE, library=_BNB, is_paged=True),
-    "lion_32bit": OptimizerFacts(4.0, library=_BNB),  # one moment (arXiv 2302.06675)
-    "lion_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB),
-    "paged_lion_32bit": OptimizerFacts(4.0, library=_BNB, is_paged=True),
-    "paged_lion_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB, is_paged=True),
-    "adagrad": OptimizerFacts(4.0, copies=2.0),
-    "rmsprop": OptimizerFacts(4.0, copies=2.0),
-    "rmsprop_bnb": OptimizerFacts(4.0, library=_BNB),
-    "rmsprop_bnb_32bit": OptimizerFacts(4.0, library=_BNB),
-    "rmsprop_bnb_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB),
-    "sgd": OptimizerFacts(0.0),
-    "adafactor": OptimizerFacts(0.0, "matrix"),  # rows and columns only (arXiv 1804.04235): below a thousandth
+    "lion_32bit": OptimizerFacts(4.0, library=_BNB, adam_numbers=_BETAS),  # one moment (arXiv 2302.06675)
+    "lion_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB, adam_numbers=_BETAS),
+    "paged_lion_32bit": OptimizerFacts(4.0, library=_BNB, is_paged=True, adam_numbers=_BETAS),
+    "paged_lion_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB, is_paged=True, adam_numbers=_BETAS),
+    "adagrad": OptimizerFacts(4.0, copies=2.0, adam_numbers=_NONE),
+    "rmsprop": OptimizerFacts(4.0, copies=2.0, adam_numbers=_NONE),
+    "rmsprop_bnb": OptimizerFacts(4.0, library=_BNB, adam_numbers=_NONE),
+    "rmsprop_bnb_32bit": OptimizerFacts(4.0, library=_BNB, adam_numbers=_NONE),
+    "rmsprop_bnb_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB, adam_numbers=_NONE),
+    "sgd": OptimizerFacts(0.0, adam_numbers=_NONE),
+    # Rows and columns only (arXiv 1804.04235): below a thousandth.
+    "adafactor": OptimizerFacts(0.0, "matrix", adam_numbers=_NONE),
     # Schedule-free: the point z beside the one whose gradients are taken, and a second moment (arXiv 2405.15682).
     "schedule_free_adamw": OptimizerFacts(8.0, library=_SCHEDULE_FREE, copies=1.0, averages=True),
     "schedule_free_radam": OptimizerFacts(8.0, library=_SCHEDULE_FREE, copies=1.0, averages=True, warms_up=False),
-    "schedule_free_sgd": OptimizerFacts(4.0, library=_SCHEDULE_FREE, averages=True),
+    "schedule_free_sgd": OptimizerFacts(4.0, library=_SCHEDULE_FREE, averages=True, adam_numbers=_NONE),
     "muon": OptimizerFacts(4.0, "matrix", outside_bytes=8.0, orthogonalises=True),  # a moment, orthogonalised
 }
 

@@ -66,6 +66,7 @@ ROOMS = (
     ("orchestrator.data.rendering",),
     ("orchestrator.data",),
     ("orchestrator.planning",),
+    ("orchestrator.planning.stated",),
     ("orchestrator.runs.comparison",),
     ("orchestrator.runs",),
     ("orchestrator.runs.proofs", "orchestrator.runs.tasks"),

@@ -83,6 +83,11 @@ def locate(
     return local_folder(name, job_folder) or hub.fetch_model(name, revision, trust_remote_code)
 
 
+def is_local(name: str, job_folder: Path) -> bool:
+    """Whether a model is a folder here or comes in a package, and so has no revision on the hub."""
+    return name.lower() in PACKAGED or local_folder(name, job_folder) is not None
+
+
 def local_folder(name: str, job_folder: Path) -> Path | None:
     """The folder of a model that is on this machine; None when it must come from a package or the hub.
 

@@ -28,6 +28,7 @@ from orchestrator.lifecycle.verify import verified_files
 from orchestrator.planning import planner, price, workload
 from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.plan import InBank, Plan, in_bank_sentence
+from orchestrator.planning.stated import unused
 from orchestrator.runs.mirror.local_trackers import check_installed
 from orchestrator.runs.run_folder import RunFolder
 from strategies.shape import ModelShape
@@ -85,13 +86,12 @@ def prepare(
     from orchestrator.data.prepare import cache_beside, prepare_data
 
     check_installed(job)
+    _check_job(job, declared, say)
     model = job.spec.model
     model_folder = model_files.locate(
         model.model_name_or_path, job.folder, model.model_revision, say, model.trust_remote_code
     )
     config = model_files.read_config(model_folder)
-    for notice in workload.step_notices(job.spec):
-        say(notice)
     shape = workload.trainable_shape(config)
     check_tokens(model_folder, shape.vocab_size)
     max_length, _ = planner.resolve_max_length(job.spec, config)
@@ -104,6 +104,7 @@ def prepare(
     if held_out and (repeated := train.overlap(held_out)):
         say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
+    _check_plan(job, plan, work, capability, say)
     if held_out is not None:
         _check_metrics(job, plan, held_out, say)
     plan = replace(plan, phases=plan.phases.with_preparation(prepared_s))
@@ -112,6 +113,22 @@ def prepare(
             say(notice)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics, sizes.held_out)
+
+
+def _check_job(job: Job, declared: ClusterCapability | None, say: _Say) -> None:
+    """Say what is worth knowing of the job by itself.  Raises JobError for what it states and rules out."""
+    if mistakes := unused.job_mistakes(job.spec, model_files.is_local(job.spec.model.model_name_or_path, job.folder)):
+        raise JobError(mistakes)
+    for notice in [*workload.step_notices(job.spec), *unused.job_notices(job.spec, is_for_here=declared is None)]:
+        say(notice)
+
+
+def _check_plan(job: Job, plan: Plan, work: Workload, capability: ClusterCapability, say: _Say) -> None:
+    """Say what the job states and the plan has no use for.  Raises JobError where the job rules out the use."""
+    if mistakes := unused.plan_mistakes(job.spec, plan):
+        raise JobError(mistakes)
+    for notice in unused.plan_notices(job.spec, plan, work, capability):
+        say(notice)
 
 
 def _check_metrics(job: Job, plan: Plan, held_out: Any, say: _Say) -> None:
@@ -148,13 +165,13 @@ def plan_without_data(
     from orchestrator.data.sizes import rough_lengths
 
     config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
-    for notice in workload.step_notices(job.spec):
-        say(notice)
+    _check_job(job, declared, say)
     shape = workload.model_shape(config)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     sizes = _without_held_out(job, max_length, *rough_lengths(job, max_length, say=say))
     capability = declared or _probe(job, say, refresh)
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
+    _check_plan(job, plan, work, capability, say)
     count = len(sizes.lengths) // job.spec.build_objective().num_documents
     statistics = {"train": None, "rough": f"{count} rows of about {sum(sizes.lengths) / count:.0f} tokens"}
     return Ready(job, plan, capability, work, None, statistics, sizes.held_out)

@@ -24,6 +24,7 @@ from orchestrator.job.sections.training import HeldOutFraction
 from orchestrator.job.space import stated_space
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.planning import planner, workload
+from orchestrator.planning.stated import unused
 from strategies.model.targets import architecture_of_shape
 
 _ROWS = 1000  # of each data key that are checked, without --exact
@@ -154,9 +155,10 @@ def _check_model(job: Job) -> _Model:
     spec = job.spec
     num_workers, _ = planner.resolve_workers(spec, look_at_this_node())
     workload.check_batch(spec, num_workers if spec.cluster.address == "local" else None)
-    if mistakes := workload.step_mistakes(spec):
+    is_local = model_files.is_local(spec.model.model_name_or_path, job.folder)
+    if mistakes := workload.step_mistakes(spec) + unused.job_mistakes(spec, is_local):
         raise JobError(mistakes)
-    notices = workload.step_notices(spec)
+    notices = workload.step_notices(spec) + unused.job_notices(spec)
     folder = model_files.local_folder(spec.model.model_name_or_path, job.folder)
     if folder is None:
         hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)

@@ -8,6 +8,7 @@ pipelines    candidates whose devices have layers of their own and pass micro-ba
 settings     the settings that one slot could train with, and which of them fit
 memory_fit   whether plans fit into the memory of their devices and nodes
 refusals     settings of a job that no device could train with
+stated       what a job states and its plan has no use for: an error, or a notice
 goal         the best candidate by the job's goal and its limits, and the Pareto front
 evaluation   when held-out rows are measured, and with what
 explain      why a plan is as it is, and what is missing where nothing fits

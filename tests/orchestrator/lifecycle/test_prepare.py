@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.errors import NothingFits
+from orchestrator.errors import JobError, NothingFits
 from orchestrator.lifecycle.hooks import BankHooks
 from orchestrator.lifecycle.prepare import Sizes, plan_without_data, sizes_of
+from orchestrator.lifecycle.validate import check
 from orchestrator.planning.plan import InBank
 
 KNOWN = InBank("first", "/bank/first", (3.0, 2.0))
@@ -76,3 +77,15 @@ def test_sizes_of_tokenised_data_count_answers_and_references():
     held_out = sizes.held_out
     assert (held_out.num_samples, held_out.num_tokens, held_out.longest_answer) == (3, 24, 9)
     assert held_out.is_classification
+
+
+def test_stated_keys_without_a_use_are_said_before_anything_starts(job_with, machine):
+    said = []
+    plan_without_data(job_with("strategy: {shares: planned}\n"), machine, said.append)
+    plan_without_data(job_with("tracking: {report_to: [], experiment: shop}\n"), machine, said.append)
+    wrong = job_with("eval: {num_samples: 5}\n")
+
+    assert ["strategy.shares is not used" in said[0], "tracking.experiment is not used" in said[1]] == [True, True]
+    for looked_at in (lambda: plan_without_data(wrong, machine, print), lambda: check(wrong)):
+        with pytest.raises(JobError, match="num_samples needs held-out rows"):
+            looked_at()
