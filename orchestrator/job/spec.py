@@ -81,6 +81,12 @@ class JobSpec(Section):
         found = [pattern] if (pattern := pattern_mistake(self.eval.answer_pattern)) else []
         if self.eval.metrics != "auto":
             found += name_mistakes(self.eval.metrics)
+        for name, price in self.cost.nodes.items():
+            given = sorted({"purchase", "years"} & set(price.model_dump(exclude_unset=True, exclude_none=True)))
+            if price.per_hour is not None and given:
+                found.append(
+                    f"cost.nodes.{name} has {' and '.join(given)} and per_hour; give purchase with years, or per_hour"
+                )
         train = self.train
         found += schedules.mistakes(train.lr_scheduler_type, train.lr_scheduler_kwargs, train.learning_rate)
         if train.optim != "auto":

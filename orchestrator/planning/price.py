@@ -66,11 +66,12 @@ def priced(spec: JobSpec, cluster: ClusterCapability) -> ClusterCapability:
         stated = prices.get(node.name) or prices.get("*")
         if stated is None:
             return node
+        # A machine is bought or rented: what the job states of one takes the place of the other.
         return replace(
             node,
-            purchase_price=stated.purchase or node.purchase_price,
-            years=stated.years if stated.purchase else node.years,
-            price_per_hour=stated.per_hour or node.price_per_hour,
+            purchase_price=None if stated.per_hour else stated.purchase or node.purchase_price,
+            years=stated.years if stated.purchase or "years" in stated.model_fields_set else node.years,
+            price_per_hour=None if stated.purchase else stated.per_hour or node.price_per_hour,
             idle_w=stated.idle_w if stated.idle_w is not None else node.idle_w,
             load_w=stated.load_w or node.load_w,
         )

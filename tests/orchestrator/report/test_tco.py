@@ -7,7 +7,7 @@ import pytest
 
 from clusters.capability import ClusterCapability
 from clusters.hardware.hardware_file import read_hardware
-from orchestrator.errors import NothingFits
+from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle.prepare import Ready
 from orchestrator.planning import price, workload
@@ -101,6 +101,26 @@ def test_the_jobs_own_prices_reach_the_machines():
     assert (first.purchase_price, first.load_w, first.price_per_hour) == (900, 300, None)
     assert second.price_per_hour == 2
     assert price.priced(spec_of(), cluster) is cluster
+
+
+def test_what_the_job_says_of_a_machine_takes_the_place_of_its_other_price():
+    nodes = (
+        machine("own", "RTX 3060", purchase_price=900.0, years=3),
+        machine("sold", "RTX 3060", purchase_price=900.0, years=3),
+        machine("bought", "RTX 3060", price_per_hour=2.0),
+    )
+    spec = spec_of("cost: {nodes: {own: {years: 1}, sold: {per_hour: 2}, bought: {purchase: 600}}}\n")
+
+    own, sold, bought = price.priced(spec, ClusterCapability(nodes)).nodes
+
+    assert (own.purchase_price, own.years) == (900, 1)
+    assert (sold.purchase_price, sold.price_per_hour) == (None, 2)
+    assert (bought.purchase_price, bought.price_per_hour, bought.years) == (600, None, 3)
+
+
+def test_a_machine_is_not_bought_and_rented_at_once():
+    with pytest.raises(JobError, match="cost.nodes.pc has purchase and per_hour; give purchase with years, or"):
+        spec_of("cost: {nodes: {pc: {purchase: 900, per_hour: 2}}}\n")
 
 
 def test_no_cost_is_cheapest_where_none_is_whole():
