@@ -232,7 +232,9 @@ def _global_batch_size(spec: JobSpec, num_samples: int, num_workers: int) -> tup
     rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
     if isinstance(train.global_batch_size, int):
         _check_parts(train.global_batch_size, rows, steps, num_workers)
-        return train.global_batch_size, None
+        if (size := train.global_batch_size) > num_samples:
+            return num_samples, f"{size} is stated, and the data has {num_samples} rows: each epoch is one step of all"
+        return size, None
     if rows == "auto" and steps == "auto":
         size = max(1, min(_OPEN_SIZE, num_samples // 8))
         few = "the data has few rows: at least 8 steps an epoch"

@@ -32,6 +32,7 @@ def size_of(train: str, num_samples=100, num_workers=1):
         ("{per_device_train_batch_size: 200, gradient_accumulation_steps: 4}", 1, 100, "is 800, and the data has 100"),
         ("{global_batch_size: 16, gradient_accumulation_steps: 4}", 1, 16, None),
         ("{global_batch_size: 16, per_device_train_batch_size: 2}", 1, 16, None),
+        ("{global_batch_size: 1000000000}", 1, 100, "1000000000 is stated, and the data has 100 rows: each epoch"),
     ],
 )
 def test_a_step_is_rows_times_accumulation_times_workers(train, workers, size, reason):

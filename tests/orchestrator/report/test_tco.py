@@ -119,7 +119,7 @@ def test_what_the_job_says_of_a_machine_takes_the_place_of_its_other_price():
 
 
 def test_a_machine_is_not_bought_and_rented_at_once():
-    with pytest.raises(JobError, match="cost.nodes.pc has purchase and per_hour; give purchase with years, or"):
+    with pytest.raises(JobError, match=r"cost\.nodes\.pc has purchase and per_hour; give purchase with years, or"):
         spec_of("cost: {nodes: {pc: {purchase: 900, per_hour: 2}}}\n")
 
 
