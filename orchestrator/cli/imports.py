@@ -102,6 +102,7 @@ def _listed(draft: JobDraft) -> list[str]:
 
 @verbs.command()
 def init(
+    ctx: typer.Context,
     path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
     model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
     train: Annotated[
@@ -123,6 +124,8 @@ def init(
     file = resolve_path(path, "init", kind="new file")
     if file.exists() and not force:
         raise JobError(f"{path} exists already; --force overwrites it")
+    if recipe and (named := [f"--{name}" for name in ("model", "train", "full") if _is_typed(ctx, name)]):
+        raise JobError(f"{', '.join(named)} beside --recipe {recipe}: a recipe is copied as it is; edit the copy")
     for option, value in (("--model", model), ("--train", train or "")):
         if value.encode("utf-8", "replace").decode() != value:
             raise JobError(f"{option} is not UTF-8 text")
@@ -135,6 +138,12 @@ def init(
         if found is None:
             say("data.train is train.jsonl, which is not here: set it to the path of your rows")
     show(f"wrote {path}. Next: orchestrator validate {path}")
+
+
+def _is_typed(ctx: typer.Context, name: str) -> bool:
+    """Whether an option was given, be it at its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _copy_recipe(name: str, file: Path, force: bool) -> None:

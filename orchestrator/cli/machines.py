@@ -111,6 +111,11 @@ def techniques(
     from orchestrator.lifecycle.technique_report import catalogue
     from orchestrator.views.techniques import catalogue_view, measured_view
 
+    if measure and hardware:
+        raise JobError(
+            f"--measure tries techniques on this machine, and --hardware {hardware} declares others; leave one of them"
+            " out"
+        )
     loaded = load_job(job, set_) if job else None  # before anything is measured
     cluster = machines.declared(hardware) if hardware else machines.probe("local", say, refresh)
     rows = catalogue(cluster, loaded, measure, say)

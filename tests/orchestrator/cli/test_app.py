@@ -83,6 +83,21 @@ def test_options_that_do_not_go_together_are_refused_before_anything_starts(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["init", "--recipe", "chat-lora", "--train", "a", "--full"], "--train, --full beside --recipe chat-lora"),
+        (["init", "--recipe", "chat-lora", "--model", "smollm2-135m-instruct"], "--model beside --recipe chat-lora"),
+        (["techniques", "--measure", "--hardware", "home-lab"], "--hardware home-lab declares others"),
+    ],
+)
+def test_an_option_that_another_makes_useless_is_refused(tmp_path, options, says):
+    shown = called(*options, cwd=tmp_path, check=2)
+
+    assert says in shown.stderr.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_arguments_are_completed_from_recipes_files_runs_and_keys(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quick.yaml").touch()
