@@ -5,6 +5,7 @@ A verb's module loads when the verb is typed (program.py), and heavy libraries o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
@@ -24,7 +25,7 @@ from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorErro
 from orchestrator.language.catalogue import tr
 from orchestrator.language.choice import language_of
 from orchestrator.language.help import mistake_text, print_in
-from orchestrator.views.screen import Screen, accept_every_character, keep_standard_output
+from orchestrator.views.screen import Screen, accept_every_character, keep_standard_output, silence
 from strategies.step import thread_waits
 
 _MANY_OBJECTS = 100_000
@@ -122,12 +123,17 @@ def _silence_libraries() -> None:
 
 
 def _report(error: OrchestratorError) -> int:
-    """Print an error, as JSON with --json; its exit code."""
+    """Print an error, as JSON with --json where that can be written; its exit code."""
     if "--json" in sys.argv:
         found = {"mistakes": [one.parts() for one in error.mistakes]} if isinstance(error, JobError) else {}
-        print_json({"error": str(error), "exit_code": error.exit_code, **found})
-    else:
-        err.print(tr(str(error)), soft_wrap=True, style="red")
+        with contextlib.suppress(OSError):  # the output is full, which may be the error itself
+            print_json({"error": str(error), "exit_code": error.exit_code, **found})
+            return error.exit_code
+    err.print(tr(str(error)), soft_wrap=True, style="red")
+    try:
+        sys.stdout.flush()
+    except OSError:  # what could not be written would fail once more at exit, with an exit code of its own
+        silence(sys.stdout)
     return error.exit_code
 
 

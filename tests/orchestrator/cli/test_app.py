@@ -2,6 +2,9 @@
 
 import errno
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -60,6 +63,17 @@ def test_what_a_disk_refuses_is_a_message_and_no_traceback(tmp_path, monkeypatch
     assert says in shown.stderr.replace("\n", " ")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_a_full_disk_for_the_output_is_a_message_and_no_traceback(as_json):
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        words = [sys.executable, "-m", "orchestrator", "recipes", *as_json]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "no space left on device. Free some space" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -94,7 +108,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_starts(tmp_
 def test_an_option_that_another_makes_useless_is_refused(tmp_path, options, says):
     shown = called(*options, cwd=tmp_path, check=2)
 
-    assert says in shown.stderr.replace("\n", " ")
+    assert says in shown.output.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
 
 
