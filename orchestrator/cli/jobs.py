@@ -47,10 +47,15 @@ def recipes(
     """List the ready-made jobs, or print one."""
     from orchestrator.job.schema import recipes as all_recipes
 
-    if name is not None:
-        write(recipe_text(name))
-        return
     found = all_recipes()
+    if name is not None:
+        text = recipe_text(name)
+        if json_:
+            path, about = found[name]
+            print_json({name: {"path": str(path), "about": about, "text": text}})
+        else:
+            write(text)
+        return
     if json_:
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
@@ -71,6 +76,9 @@ def schema(
     """
     from orchestrator.job import schema as keys
 
+    if markdown and (json_ or field is not None):
+        other = "--json" if json_ else f"--field {field}"
+        raise JobError(f"{other} beside --markdown: that prints every key as a page; leave one of them out")
     if markdown:
         write(keys.reference())
     elif json_:

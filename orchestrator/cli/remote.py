@@ -38,7 +38,9 @@ def submit(job: Job, target: ClusterTarget, file: Path | None, detach: bool, as_
     from orchestrator.remote import jobs, kube_submit, package
 
     if file and target.is_kuberay:
-        kube_submit.render(job, target, file, say)
+        name = kube_submit.render(job, target, file, say)
+        if as_json:
+            print_json({"run": name, "path": str(file)})
         return
     say_line = _line_printer(as_json)
     if target.is_kuberay:

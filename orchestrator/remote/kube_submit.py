@@ -43,8 +43,8 @@ def submit(job: Job, target: ClusterTarget, output_dir: Path, say: Say, follow: 
     return run
 
 
-def render(job: Job, target: ClusterTarget, file: Path, say: Say) -> None:
-    """Write the RayJob into a file, planned for the declared node classes or those of the cluster.
+def render(job: Job, target: ClusterTarget, file: Path, say: Say) -> str:
+    """Write the RayJob into a file, planned for the declared node classes or those of the cluster; the run's name.
 
     Raises JobError, NothingFits, ClusterError.
     """
@@ -53,6 +53,7 @@ def render(job: Job, target: ClusterTarget, file: Path, say: Say) -> None:
     is_planned_here = target.hardware is not None or target.attach is not None
     client = None if is_planned_here else open_kubernetes(target.address)
     kube_objects.write(make_objects(job, name, target, client, say), file, say)
+    return name
 
 
 def make_objects(job: Job, name: str, target: ClusterTarget, client: Any, say: Say) -> kube_objects.Objects:

@@ -284,6 +284,12 @@ def test_submit_renders_a_job_that_is_taken(job):
     assert json.dumps(made).count("nvidia.com/gpu") >= 2
 
 
+def test_a_rendered_file_is_named_in_json(job):
+    done = render(job, "--hardware", "nodes.yaml", "--render", "out.yaml", "--run-id", "support-1", "--json")
+
+    assert json.loads(done.stdout) == {"run": "support-1", "path": "out.yaml"}
+
+
 def test_a_long_job_is_not_ended_before_three_times_its_plan_or_goal(job):
     def rendered(*stated):
         done = render(job, "--hardware", "nodes.yaml", "--render", "out.yaml", *stated)

@@ -102,6 +102,8 @@ def test_options_that_do_not_go_together_are_refused_before_anything_starts(tmp_
     [
         (["init", "--recipe", "chat-lora", "--train", "a", "--full"], "--train, --full beside --recipe chat-lora"),
         (["init", "--recipe", "chat-lora", "--model", "smollm2-135m-instruct"], "--model beside --recipe chat-lora"),
+        (["schema", "--markdown", "--json"], "--json beside --markdown"),
+        (["schema", "--markdown", "--field", "method.lora_r"], "--field method.lora_r beside --markdown"),
         (["techniques", "--measure", "--hardware", "home-lab"], "--hardware home-lab declares others"),
     ],
 )
@@ -110,6 +112,14 @@ def test_an_option_that_another_makes_useless_is_refused(tmp_path, options, says
 
     assert says in shown.output.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_is_printed_as_json_too(tmp_path):
+    shown = json.loads(called("recipes", "quickstart", "--json", cwd=tmp_path, check=0).stdout)
+    listed = json.loads(called("recipes", "--json", cwd=tmp_path, check=0).stdout)
+
+    text = called("recipes", "quickstart", cwd=tmp_path, check=0).stdout
+    assert shown == {"quickstart": listed["quickstart"] | {"text": text}}
 
 
 def test_arguments_are_completed_from_recipes_files_runs_and_keys(tmp_path, monkeypatch):
