@@ -263,26 +263,44 @@ def phases_of(
 ) -> Phases:
     """Seconds of every phase of the job.
 
-    A preflight is a step's two heaviest micro-batches, an evaluation of one and a checkpoint.  The trained model is
-    evaluated after its last step, the base model before the first unless a helper does, the loss alone as planned.
+    A preflight is a step's two heaviest micro-batches, an evaluation of one and a checkpoint; all wait for the slowest
+    of it and of the start.  The trained model is evaluated after its last step, the base model before the first unless
+    a helper does, the loss alone as planned.
     """
-    first = candidate.placed[0]
-    plan, slot = first.plan, first.slot
-    share, checkpoint_s = forward_share(plan.techniques), saving_s(candidate.whole_plan.checkpoint_bytes)
-    micro_s = plan.time.step_s / plan.num_micro_batches * max(1.0, workload.longest_sample / workload.mean_length)
+    checkpoint_s = saving_s(candidate.whole_plan.checkpoint_bytes)
     save_steps, _ = resolve_save_steps(spec, workload, candidate)
     num_saved = math.ceil(workload.num_steps / save_steps) + 1  # and what is handed back
     return Phases(
         preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),
-        start_s=start_s(shape_of_stage(workload.shape, plan.techniques.stage), slot.device, plan.memory.weights_bytes)
+        start_s=max(_start_s(part, workload) for part in candidate.placed)
         + _reference_s(candidate, workload, held_out)
         + max(part.plan.look_s for part in candidate.placed),
-        preflight_s=(2 + share) * micro_s + checkpoint_s if spec.strategy.preflight else 0.0,
+        preflight_s=max(_tried_s(part, workload) for part in candidate.placed) + checkpoint_s
+        if spec.strategy.preflight
+        else 0.0,
         evaluation_s=_evaluation_s(spec, candidate, workload, held_out, is_helped) if held_out else 0.0,
         training_s=candidate.total_s,
         saving_s=num_saved * checkpoint_s,
         guesses=("start", "preparation", "saving"),
     )
+
+
+def _start_s(part: Placed, workload: Workload) -> float:
+    """Until a worker's model, or its stage of it, is ready."""
+    shape = shape_of_stage(workload.shape, part.plan.techniques.stage)
+    return start_s(shape, part.slot.device, part.plan.memory.weights_bytes)
+
+
+def _tried_s(part: Placed, workload: Workload) -> float:
+    """A worker's two heaviest micro-batches, and an evaluation of one."""
+    longer = max(1.0, workload.longest_sample / workload.mean_length)
+    micro_s = part.plan.time.step_s / part.plan.num_micro_batches * longer
+    return (2 + forward_share(part.plan.techniques)) * micro_s
+
+
+def _forward_share(candidate: Candidate) -> float:
+    """Of a training pass, what a forward pass takes where it takes most."""
+    return max(forward_share(part.plan.techniques) for part in candidate.placed)
 
 
 def _reference_s(candidate: Candidate, workload: Workload, held_out: HeldOutCounts | None) -> float:
@@ -291,7 +309,7 @@ def _reference_s(candidate: Candidate, workload: Workload, held_out: HeldOutCoun
         return 0.0
     stored = workload.num_tokens if stores_reference(workload, candidate.method.starts_as_base) else 0
     num_tokens = (1 + workload.needs_divergence) * (stored + (held_out.num_tokens if held_out else 0))
-    return forward_share(candidate.placed[0].plan.techniques) * num_tokens / candidate.tokens_per_s
+    return _forward_share(candidate) * num_tokens / candidate.tokens_per_s
 
 
 def _evaluation_s(
@@ -301,8 +319,7 @@ def _evaluation_s(
     eval_steps, _ = resolve_eval_steps(spec, workload, held_out)
     both = 1 + (spec.eval.before and not is_helped)
     meanwhile = workload.num_steps // eval_steps if eval_steps else 0
-    share = forward_share(candidate.placed[0].plan.techniques)
-    losses_s = (both + meanwhile) * share * held_out.num_tokens / candidate.tokens_per_s
+    losses_s = (both + meanwhile) * _forward_share(candidate) * held_out.num_tokens / candidate.tokens_per_s
     if not resolve_metrics(spec, held_out)[0]:
         return losses_s
     num_answers, (num_tokens, _) = (

@@ -247,3 +247,18 @@ def test_each_candidate_s_phases_are_computed_once():
 
     assert jobs.phases(one) is jobs.phases(one)
     assert jobs.phases(replace(one, sync_s=1.0)).training_s == one.total_s + one.num_steps
+
+
+def test_the_order_of_the_machines_changes_no_phase():
+    work, _, _ = describe(spec(), SMALL, [100] * 800, 40_000, 1)
+    gpu, cpu = (candidate(step_s, node=machine(*of)) for step_s, of in ((1.0, ("a", "RTX 3090")), (4.0, ("c",))))
+    saved = replace(gpu.placed[0].plan, techniques=replace(gpu.placed[0].plan.techniques, gradient_checkpointing=True))
+    parts = replace(gpu.placed[0], share=0.8, plan=saved), replace(cpu.placed[0], share=0.2)
+
+    one, other = (
+        phases_of(spec(), replace(gpu, placed=placed), work, ROWS) for placed in (parts, tuple(reversed(parts)))
+    )
+
+    assert one == other
+    assert one.start_s > phases_of(spec(), replace(cpu, placed=parts[1:]), work, ROWS).start_s  # a GPU's context
+    assert one.preflight_s == phases_of(spec(), replace(cpu, placed=parts[1:]), work, ROWS).preflight_s
