@@ -124,7 +124,8 @@ def init(
     file = resolve_path(path, "init", kind="new file")
     if file.exists() and not force:
         raise JobError(f"{path} exists already; --force overwrites it")
-    if recipe and (named := [f"--{name}" for name in ("model", "train", "full") if _is_typed(ctx, name)]):
+    typed = {"--model": _is_typed(ctx, "model"), "--train": train is not None, "--full": full}
+    if recipe and (named := [option for option, is_typed in typed.items() if is_typed]):
         raise JobError(f"{', '.join(named)} beside --recipe {recipe}: a recipe is copied as it is; edit the copy")
     for option, value in (("--model", model), ("--train", train or "")):
         if value.encode("utf-8", "replace").decode() != value:
