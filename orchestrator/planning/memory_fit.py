@@ -61,7 +61,7 @@ def node_shortage(placed: Sequence[Placed], num_parameters: float, method: Metho
     """Which node's memory is too small for all its workers together; None where all fit.
 
     A GPU's worker counts with its part of the host, a CPU's with all it holds, and each beside the first with a
-    process of its own.
+    process of its own; a node without room for one process takes none.
     """
     parts: defaultdict[str, list[Placed]] = defaultdict(list)
     for part in placed:
@@ -70,6 +70,10 @@ def node_shortage(placed: Sequence[Placed], num_parameters: float, method: Metho
         node = here[0].slot.node
         if all(part.slot.device.kind == "cpu" for part in here):
             continue  # they share the CPU's memory, which their slots divide
+        if node.memory_bytes is not None and node.memory_bytes < _HOST_RESERVE_BYTES:
+            has, least = format_bytes(node.memory_bytes), format_bytes(_HOST_RESERVE_BYTES)
+            why = f"{name} has {has} of memory of its own, and its system and a worker's process take {least}"
+            return MemoryShortage(why, _HOST_RESERVE_BYTES / node.memory_bytes if node.memory_bytes > 0 else math.inf)
         needs = sum(_host_bytes(part, num_parameters, method) for part in here)
         usable = max(0.0, host_usable_bytes(node) - _PROCESS_BYTES * (len(here) - 1))
         if needs <= usable:

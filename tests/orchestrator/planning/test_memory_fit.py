@@ -77,6 +77,15 @@ def test_of_any_number_of_workers_the_host_memory_is_summed(count):
     assert f"the {count} workers on a need" in shortage(1.01 * each).reason
 
 
+def test_a_node_without_room_for_a_process_takes_no_worker():
+    tiny, enough = (Placed(slot(machine("a", "RTX 3090", memory_gib=gib)), strategy_plan(), 1.0) for gib in (1, 2))
+
+    shortage = node_shortage([tiny], 1e9, METHODS["lora"]())
+
+    assert shortage.reason == "a has 1.0 GiB of memory of its own, and its system and a worker's process take 2.0 GiB"
+    assert shortage.times == 2 and node_shortage([enough], 1e9, METHODS["lora"]()) is None
+
+
 def test_a_cpu_beside_gpus_counts_with_all_it_holds():
     gpu = Placed(slot(), strategy_plan(host_bytes=16 * GIB), 0.5)
     cpu = Placed(Slot(NODE, NODE.devices[-1], 20 * GIB, 1), strategy_plan(weights_bytes=15 * GIB), 0.5)
