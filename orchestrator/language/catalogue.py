@@ -75,24 +75,37 @@ class Pattern:
         """The longest literal part: a text without it is not this message."""
         return max(self.literals, key=len)
 
-    def values(self, text: str) -> dict[str, str] | None:
-        """The value of each place; None where the text is not this message.  Takes time in proportion to the text."""
+    def values(self, text: str, widest_first: bool = False) -> dict[str, str] | None:
+        """The value of each place; None where the text is not this message.  Takes time in proportion to the text.
+
+        Where a value could end at several marks it ends at the first, or each of them at its last.
+        """
         first, *between, last = self.literals
         begin, end, found = len(first), len(text) - len(last), list[str]()
         if begin > end or not text.startswith(first) or not text.endswith(last):
             return None
-        for literal in between:
-            at = text.find(literal, begin, end)
+        for literal in reversed(between) if widest_first else between:
+            at = text.rfind(literal, begin, end) if widest_first else text.find(literal, begin, end)
             if at < 0:
                 return None
-            found.append(text[begin:at])
-            begin = at + len(literal)
+            if widest_first:
+                found.append(text[at + len(literal) : end])
+                end = at
+            else:
+                found.append(text[begin:at])
+                begin = at + len(literal)
         found.append(text[begin:end])
+        found = found[::-1] if widest_first else found
         if self.num_letters < _ENOUGH_LETTERS:  # values are words or quantities, but for what follows a mark at the end
             is_open = self.literals[-2].endswith((": ", ", ")) and not last
             if any(" " in value and not _QUANTITY.fullmatch(value) for value in found[: -1 if is_open else None]):
                 return None
         return dict(zip(PLACE.findall(self.id), found, strict=True))
+
+    def readings(self, text: str) -> list[dict[str, str]]:
+        """The values in each way that they are looked for: one, or two that differ."""
+        found = [values for widest in (False, True) if (values := self.values(text, widest))]
+        return found[:1] if found[1:] == found[:1] else found
 
     @property
     def is_certain(self) -> bool:
@@ -151,7 +164,9 @@ class Catalogue:
         It is the worse where a value is a message and a part of another: it cuts that one in two.
         """
         for pattern in self._patterns:
-            if pattern.anchor in text and (found := pattern.values(text)):
+            if pattern.anchor not in text:
+                continue
+            for found in pattern.readings(text):
                 values = {place: self._value(value) for place, value in found.items()}
                 cuts = sum(one.known > 0 and _MARK.search(one.text) is not None for one in values.values())
                 known = pattern.weight + _NEXT * sum(one.known for one in values.values()) - cuts / 2

@@ -10,11 +10,13 @@ from pydantic import Discriminator, Field, Tag, create_model
 from orchestrator.job.sections.section import MOST, Section, key
 from strategies import METHODS
 
+_KINDS = {"method": "training method", "objective": "training objective"}
+
 
 def section_of(name: str, registered: type[Any], what: str) -> type[Section]:
     """The job-file section of a registered method or objective: its fields, with their own sentences and limits."""
     types = get_type_hints(registered)
-    fields: dict[str, Any] = {"type": (Literal[name], Field(name, description=f"training {what}"))}
+    fields: dict[str, Any] = {"type": (Literal[name], Field(name, description=_KINDS[what]))}
     for option in dataclasses.fields(registered):
         limits = dict(option.metadata)
         doc = limits.pop("doc", "")

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from clusters.capability import ClusterCapability
-from orchestrator.planning.explain import IDLE
 from orchestrator.planning.memory_fit import host_usable_bytes
 from orchestrator.planning.plan import Beside, Plan
 from orchestrator.runs.events import Note
@@ -20,6 +19,7 @@ from strategies.shape import ModelShape
 from strategies.stage_shape import shape_of_stage
 from strategies.workload import StagePart
 
+FREE = "It is free for other jobs"  # how a plan's sentence on a node ends that does nothing (planning/explain.py)
 _FILE_BYTES = 2  # of a parameter: model files hold 16-bit weights; where they hold fewer bits there is room to spare
 
 
@@ -62,8 +62,7 @@ def stages_by_loss(plan: Plan) -> list[StagePart]:
 
 
 def _with_task(why: str, task: str) -> str:
-    before, _, instead = why.rpartition(". It ")
-    return f"{before}. It {task}" if instead == IDLE else f"{why} and {task}"
+    return f"{why.removesuffix(FREE)}It {task}" if why.endswith(FREE) else f"{why} and {task}"
 
 
 class StandBy:

@@ -59,6 +59,16 @@ def test_no_message_is_listed_as_none_in_vain():
         ("rows: is empty\nno runs in 日本語", "rows: 空です\n日本語 に実行はありません"),
         ("  no such text of ours  ", "  no such text of ours  "),
         ("12 rows dropped", "除外した行 12"),
+        ("training 1 min 05 s, start 28 s", "学習 1 min 05 s, 起動 28 s"),
+        ("training objective", "学習目的"),
+        (
+            "a step would take 2 s with it, 0.5 s without. It is free for other jobs",
+            "これを使うと 1 ステップ 2 s、使わないと 0.5 s. ほかのジョブに使えます",
+        ),
+        (
+            "a step would take 2 s with it, 1 s of it waiting for the network, 0.5 s without. It evaluates nothing",
+            "これを使うと 1 ステップ 2 s, うち 1 s はネットワーク待ち、使わないと 0.5 s. It evaluates nothing",
+        ),
         ("", ""),
     ],
 )

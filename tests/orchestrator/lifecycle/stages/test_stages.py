@@ -7,7 +7,8 @@ import pytest
 from clusters.capability import ClusterCapability, Link
 from orchestrator.lifecycle.stages.node_layers import with_held_layers
 from orchestrator.lifecycle.stages.slow import NUM_STEPS, find_slow_stage, with_measured_pace
-from orchestrator.lifecycle.stages.spare import stages_by_loss, with_spares
+from orchestrator.lifecycle.stages.spare import FREE, stages_by_loss, with_spares
+from orchestrator.planning.explain import IDLE
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import StepReport
 from tests.orchestrator.planning.machines import MIDDLE, machine
@@ -129,6 +130,7 @@ def test_nobody_stands_by_for_a_plan_without_stages():
 
 def test_a_node_that_evaluates_the_base_model_does_both():
     made = pipeline(BIG, SMALL_CARD, BOX)
+    assert f"It {IDLE}" == FREE
     busy = replace(made, left_out={"box": "it is slow. It evaluates the base model meanwhile"})
 
     text = with_spares(busy, cluster_of(BIG, SMALL_CARD, BOX), MIDDLE).left_out["box"]
