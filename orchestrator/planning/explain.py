@@ -14,7 +14,8 @@ from orchestrator.job.job_file import value_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Pipeline, Placed, Slot
 from orchestrator.planning.enumeration import Enumeration
-from orchestrator.planning.goal import pareto, prior_of
+from orchestrator.planning.evaluation import WholeJobs
+from orchestrator.planning.goal import pareto, prior_of, why_not_beside
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
@@ -46,7 +47,11 @@ def describe_candidate(candidate: Candidate) -> str:
 
 
 def explain_excluded(
-    chosen: Candidate, enumeration: Enumeration, helper: str | None = None, stages: Mapping[str, str] | None = None
+    chosen: Candidate,
+    enumeration: Enumeration,
+    jobs: WholeJobs,
+    helper: str | None = None,
+    stages: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Node -> why it does not train beside the others, and what it does or is good for instead.
 
@@ -67,10 +72,7 @@ def explain_excluded(
         if stages and name in stages:
             why = stages[name]
         elif best:
-            waits = (
-                f", {format_s(best.sync_s)} of it waiting for the network" if best.sync_s > 0.05 * best.step_s else ""
-            )
-            why = f"a step would take {format_s(best.step_s)} with it{waits}, {format_s(chosen.step_s)} without"
+            why = why_not_beside(jobs.spec, chosen, best, jobs.phases)
         else:
             why = enumeration.rejections.of_slot(slot.label) or "it does not fit there"
         instead = "evaluates the base model meanwhile" if name == helper else IDLE

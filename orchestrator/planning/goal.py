@@ -21,6 +21,7 @@ T = TypeVar("T")
 # one machine take minutes to days; in two weeks a machine is restarted (updates, heat, power), the loss says in hours
 # whether a run is worth it, and a rented card does the same work in a day.
 LONG_S = 14 * 86400.0
+_MUCH_WAITING = 0.05  # of a step: worth a word
 _NEAR = 0.15  # of the fastest's training and evaluation: a model's error in time is larger than this
 
 
@@ -53,6 +54,32 @@ def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate], phases: Callab
     near_s = of_best.total_s + _NEAR * (of_best.training_s + of_best.evaluation_s)
     about = [candidate for candidate in kept if whole_s(candidate) <= near_s]
     return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, whole_s(c), c.peak_bytes))
+
+
+def why_not_beside(spec: JobSpec, chosen: Candidate, other: Candidate, phases: Callable[[Candidate], Phases]) -> str:
+    """What stands against a candidate on more machines than the chosen one: longer steps, else what the goal says."""
+    goal, waits = spec.goal, other.sync_s > _MUCH_WAITING * other.step_s
+    waiting = f", {format_s(other.sync_s)} of it waiting for the network" if waits else ""
+    steps = f"a step would take {format_s(other.step_s)} with it{waiting}, {format_s(chosen.step_s)} without"
+    if other.step_s >= chosen.step_s:
+        return steps
+    own_s, other_s = phases(chosen).total_s, phases(other).total_s
+    own, theirs = (price_of(spec, one, phases(one).total_s) for one in (chosen, other))
+    wholes = f"the whole job would take {format_s(other_s)} with it, {format_s(own_s)} without"
+    if goal.max_hours is not None and other_s > 3600 * goal.max_hours:
+        return f"{steps}, but {wholes}: goal.max_hours is {goal.max_hours:g}"
+    is_compared = goal.max_cost is not None or (goal.prefer == "cost" and own.is_whole)
+    if is_compared and not theirs.is_whole:
+        return f"{steps}, but what the job would cost with it is not known: {theirs.unknown}"
+    prices = f"the job would cost {theirs.total or 0:.2f} {own.currency} with it, {own.total or 0:.2f} without"
+    if goal.max_cost is not None and (theirs.total or 0) > goal.max_cost:
+        return f"{steps}, but {prices}: goal.max_cost is {goal.max_cost:g}"
+    if goal.prefer == "cost" and theirs.total != own.total:
+        return f"{steps}, but {prices}"
+    if goal.prefer == "memory":
+        filled, fuller = chosen.memory_fraction, other.memory_fraction
+        return f"{steps}, but {fuller:.0%} of the fullest device's memory would be used with it, {filled:.0%} without"
+    return f"{steps}, but {wholes}" if other_s > own_s else f"{steps}; {wholes}: about as long"
 
 
 def too_long(spec: JobSpec, candidate: Candidate, phases: Phases) -> str | None:

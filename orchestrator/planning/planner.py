@@ -258,7 +258,8 @@ def _plan_of(
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}
     reasons = explain_choice(spec, chosen, enumeration.fitting, workload) | reasons | evaluation.reasons | why_options
-    excluded = explain_excluded(chosen, enumeration, helper and helper.node, why_no_stage(spec, enumeration, chosen))
+    no_stage = why_no_stage(spec, enumeration, chosen)
+    excluded = explain_excluded(chosen, enumeration, choice.jobs, helper and helper.node, no_stage)
     return Plan(
         method={"type": chosen.method.name, **asdict(chosen.method), **options},  # type: ignore[call-overload]
         nodes=nodes,

@@ -9,7 +9,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.sections.machines import GoalSection
 from orchestrator.job.sections.training import DataSection, ModelSection
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.goal import LONG_S, choose_candidate, too_long, what_decides
+from orchestrator.planning.goal import LONG_S, choose_candidate, too_long, what_decides, why_not_beside
 from orchestrator.planning.price import price_of
 from strategies.cost.phases import Phases
 from tests.orchestrator.planning.machines import candidate, machine
@@ -170,3 +170,37 @@ def test_two_weeks_are_two_weeks_of_the_whole_job():
     assert too_long(spec(), one, Phases(training_s=one.total_s)) is None
     why = too_long(spec(), one, Phases(training_s=one.total_s, evaluation_s=3600))
     assert why and f"goal.max_hours: {round(1.05 * (LONG_S + 3500) / 3600 + 0.5)})" in why
+
+
+@pytest.mark.parametrize(
+    ("goal", "beside", "why"),
+    [
+        ({}, CHEAP, "but the whole job would take 4 min 40 s with it, 3 min 20 s without"),
+        ({"max_hours": 0.06}, CHEAP, "with it, 3 min 20 s without: goal.max_hours is 0.06"),
+        ({"max_cost": 0.3}, CHEAP, "but the job would cost 0.39 EUR with it, 0.22 without: goal.max_cost is 0.3"),
+        ({"prefer": "cost"}, CHEAP, "but the job would cost 0.39 EUR with it, 0.22 without"),
+        ({"prefer": "cost"}, UNPRICED, "but what the job would cost with it is not known: the price of free"),
+        ({"prefer": "memory"}, CHEAP, "but 34% of the fullest device's memory would be used with it, 8% without"),
+    ],
+)
+def test_a_machine_that_shortens_steps_is_not_used_for_what_the_goal_has_against_it(goal, beside, why):
+    other = together(DEAR, beside)
+    other = replace(other, placed=(candidate(1.0, 8 * GIB, node=DEAR).placed[0], other.placed[1]))
+    phases = evaluated_slowly_by(other, 180.0)
+
+    found = why_not_beside(spec(**goal), SMALL, other, phases)
+
+    assert found.startswith("a step would take 1 s with it, 2 s without, but ")
+    assert found.endswith(why)
+
+
+def evaluated_slowly_by(slow, seconds):
+    return lambda one: Phases(training_s=one.total_s, evaluation_s=seconds * (one is slow))
+
+
+def test_a_machine_that_makes_steps_longer_is_not_used_for_that():
+    slow = replace(together(DEAR, CHEAP, step_s=3.0), sync_s=1.0)
+
+    why = why_not_beside(spec(prefer="memory"), SMALL, slow, training_alone)
+
+    assert why == "a step would take 4 s with it, 1 s of it waiting for the network, 2 s without"
