@@ -22,38 +22,38 @@ T = TypeVar("T")
 # whether a run is worth it, and a rented card does the same work in a day.
 LONG_S = 14 * 86400.0
 _MUCH_WAITING = 0.05  # of a step: worth a word
-_NEAR = 0.15  # of the fastest's training and evaluation: a model's error in time is larger than this
+_ABOUT_AS_FAST = 1.15  # times the fastest: a model's error in time is larger than this
 
 
 def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate], phases: Callable[[Candidate], Phases]) -> Candidate:
     """The best by the goal.  Raises NothingFits naming the limit that no candidate keeps.
 
-    Limits hold for the whole job, whose phases are given, and so does what is fastest: a machine that trains a little
-    and evaluates slowly would make the job longer.
+    Limits hold for the whole job, whose phases are given.  The fastest trains and evaluates in the least time: a
+    machine that trains a little and evaluates slowly would make the job longer.  Start and saving are guesses, which
+    decide nothing.
     """
     kept = _within_limits(spec, fitting, phases)
 
-    def whole_s(candidate: Candidate) -> float:
-        return phases(candidate).total_s
+    def compute_s(candidate: Candidate) -> float:
+        found = phases(candidate)
+        return found.training_s + found.evaluation_s
 
     if spec.goal.max_hours is None:
-        kept = [candidate for candidate in kept if whole_s(candidate) <= LONG_S] or kept
+        kept = [candidate for candidate in kept if phases(candidate).total_s <= LONG_S] or kept
     cost = _cost_key(spec, kept, phases)
     keys = {
-        "time": lambda c: (whole_s(c), c.peak_bytes),
-        "memory": lambda c: (c.memory_fraction, whole_s(c)),
-        "cost": lambda c: (*cost(c), whole_s(c)),
-        "quality": lambda c: (-(c.quality or 0.0), whole_s(c)),
+        "time": lambda c: (compute_s(c), c.peak_bytes),
+        "memory": lambda c: (c.memory_fraction, compute_s(c)),
+        "cost": lambda c: (*cost(c), compute_s(c)),
+        "quality": lambda c: (-(c.quality or 0.0), compute_s(c)),
     }
     best = min(kept, key=keys[spec.goal.prefer])
     if spec.goal.prefer != "time":
         return best
     # Of candidates about as fast: the best expected quality; then the plain one, whose shares may be uneven and whose
     # steps may be repeated, before one that is divided.
-    of_best = phases(best)
-    near_s = of_best.total_s + _NEAR * (of_best.training_s + of_best.evaluation_s)
-    about = [candidate for candidate in kept if whole_s(candidate) <= near_s]
-    return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, whole_s(c), c.peak_bytes))
+    about = [candidate for candidate in kept if compute_s(candidate) <= _ABOUT_AS_FAST * compute_s(best)]
+    return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, compute_s(c), c.peak_bytes))
 
 
 def why_not_beside(spec: JobSpec, chosen: Candidate, other: Candidate, phases: Callable[[Candidate], Phases]) -> str:

@@ -319,8 +319,10 @@ def _refuse_workers(spec: JobSpec, count: int) -> None:
     """Raises JobError for more workers than there are devices."""
     workers = spec.cluster.num_workers
     if isinstance(workers, int) and workers > count:
-        can = f"{count} {'devices' if count > 1 else 'device'} can train"
-        raise JobError(f"cluster.num_workers is {workers}, and {can}; set it to auto or let more machines join first")
+        raise JobError(
+            f"cluster.num_workers is {workers}, and of devices that can train there are {count}; set it to auto or let"
+            " more machines join first"
+        )
 
 
 def _refuse_kernels(spec: JobSpec) -> None:

@@ -30,8 +30,16 @@ def refuse(text, node, shape=SMALL):
         ("strategy: {mode: zero2}\n", GPU, "zero2 divides among devices, and here is one worker"),
         ("strategy: {mode: ddp}\n", GPU, "ddp trains on several devices, and here is one worker; set it to auto"),
         ("strategy: {mode: ddp}\ncluster: {num_workers: 1}\n", TWO_GPUS, "ddp trains on several devices"),
-        ("cluster: {num_workers: 4}\n", TWO_GPUS, "cluster.num_workers is 4, and 2 devices can train; set it to auto"),
-        ("cluster: {num_workers: 2}\n", GPU, "cluster.num_workers is 2, and 1 device can train; set it to auto"),
+        (
+            "cluster: {num_workers: 4}\n",
+            TWO_GPUS,
+            "cluster.num_workers is 4, and of devices that can train there are 2; set it",
+        ),
+        (
+            "cluster: {num_workers: 2}\n",
+            GPU,
+            "cluster.num_workers is 2, and of devices that can train there are 1; set it",
+        ),
         ("strategy: {mode: zero3, local_steps: 4}\n", TWO_GPUS, "workers that train apart hold everything"),
         ("strategy: {local_steps_merge: product}\n", TWO_GPUS, "set strategy.local_steps, or leave it out"),
         ("strategy: {local_steps: 4, local_steps_reset: true}\n", TWO_GPUS, "set strategy.local_steps_merge: product"),

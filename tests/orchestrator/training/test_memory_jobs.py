@@ -150,8 +150,12 @@ def test_surprising_rows_are_chosen_beside_what_the_held_out_rows_read(file):
 
 
 def test_without_held_out_rows_nothing_is_surprising(file):
+    text = file.read_text().replace("eval: {eval_steps: 3, before: false, max_new_tokens: 6, max_rows: 3}", "")
+    bare = file.with_name("bare.yaml")
+    bare.write_text(text)
+
     with pytest.raises(JobError, match=r"experimental_memory with these options needs held-out rows; add data\.eval"):
-        ready(file, *SURPRISING, "data.eval=null")
+        ready(bare, *SURPRISING, "data.eval=null")
 
 
 def test_its_report_and_card_say_what_moved_and_who_loads_it(whole, tmp_path):

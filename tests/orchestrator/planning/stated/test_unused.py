@@ -92,8 +92,6 @@ def test_slots_of_machines_that_the_job_may_be_sent_to_are_waited_for():
 @pytest.mark.parametrize(
     ("text", "node", "says"),
     [
-        ("strategy: {local_steps: 4}\n", GPU, "strategy.local_steps is 4: several workers train apart"),
-        ("strategy: {local_steps: 4, mode: single}\n", TWO_GPUS, "strategy.local_steps is 4: several workers"),
         ("strategy: {mode: ddp, deepspeed: {steps_per_print: 5}}\n", TWO_GPUS, "strategy.deepspeed is not used"),
         ("strategy: {nvme_path: /fast, offload: none}\n", GPU, "strategy.nvme_path is /fast, and this plan offloads"),
         (
@@ -120,6 +118,8 @@ def test_what_the_job_cannot_get_is_a_mistake(text, node, says):
     [
         ("strategy: {deepspeed: {steps_per_print: 5}}\n", GPU, "strategy.deepspeed is not used"),
         ("strategy: {nvme_path: /fast}\n", GPU, "strategy.nvme_path is /fast"),
+        ("strategy: {local_steps: 4}\n", GPU, "strategy.local_steps is 4: several workers train apart"),
+        ("strategy: {local_steps: 4, mode: single}\n", TWO_GPUS, "strategy.local_steps is 4: several workers"),
         ("strategy: {sync_dtype: bfloat16}\n", GPU, "strategy.sync_dtype is not used"),
         ("strategy: {shares: planned}\n", CPU, "strategy.shares is not used"),
         ("cost: {nodes: {pc: {per_hour: 1}, '*': {load_w: 90}}}\n", CPU, "cost.nodes: pc is no machine's name here"),
@@ -143,6 +143,7 @@ def test_what_the_plan_has_no_use_for_is_named(text, node, says):
     ("text", "node"),
     [
         ("strategy: {local_steps: 4, mode: ddp}\n", TWO_GPUS),
+        ("strategy: {local_steps: 4, local_steps_merge: product, local_steps_reset: true}\n", GPU),
         ("strategy: {mode: zero2, deepspeed: {steps_per_print: 5}, sync_dtype: bfloat16, shares: planned}\n", TWO_GPUS),
         (f"{HELD_OUT}eval: {{eval_steps: 30, early_stopping_patience: 2}}\n", GPU),
         ("cost: {nodes: {a: {per_hour: 1}}}\n", GPU),
