@@ -67,8 +67,7 @@ def job_notices(spec: JobSpec, is_for_here: bool = True) -> list[str]:
 
 def plan_mistakes(spec: JobSpec, plan: Plan) -> list[str]:
     """What the job states and cannot get of the plan made for it."""
-    found, strategy = [], spec.strategy
-    found += [text for text, is_open in _unused_engine(spec, plan) if not is_open]
+    found = [text for text, is_open in _unused_engine(spec, plan) if not is_open]
     if isinstance(spec.eval.eval_steps, int) and spec.eval.eval_steps > plan.num_steps:
         needs = {
             "eval.early_stopping_patience": spec.eval.early_stopping_patience is not None,
@@ -89,8 +88,8 @@ def plan_notices(spec: JobSpec, plan: Plan, work: Workload, cluster: ClusterCapa
     found = [text for text, is_open in _unused_engine(spec, plan) if is_open]
     if strategy.local_steps and plan.num_workers == 1 and not strategy.local_steps_reset:
         found.append(
-            f"strategy.local_steps is {strategy.local_steps}: several workers train apart, and this plan has one, so that"
-            " its steps are merely counted together; set it to null, or add a device"
+            f"strategy.local_steps is {strategy.local_steps}: several workers train apart, and this plan has one, so"
+            " that its steps are merely counted together; set it to null, or add a device"
         )
     if plan.num_workers == 1:
         found += [
