@@ -319,10 +319,7 @@ def _refuse_workers(spec: JobSpec, count: int) -> None:
     """Raises JobError for more workers than there are devices."""
     workers = spec.cluster.num_workers
     if isinstance(workers, int) and workers > count:
-        raise JobError(
-            f"cluster.num_workers is {workers}, and of devices that can train there are {count}; set it to auto or let"
-            " more machines join first"
-        )
+        raise JobError(f"cluster.num_workers is {workers}, with devices for {count}: set it to auto, or add machines")
 
 
 def _refuse_kernels(spec: JobSpec) -> None:

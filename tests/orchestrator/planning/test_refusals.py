@@ -33,12 +33,12 @@ def refuse(text, node, shape=SMALL):
         (
             "cluster: {num_workers: 4}\n",
             TWO_GPUS,
-            "cluster.num_workers is 4, and of devices that can train there are 2; set it",
+            "cluster.num_workers is 4, with devices for 2: set it to auto",
         ),
         (
             "cluster: {num_workers: 2}\n",
             GPU,
-            "cluster.num_workers is 2, and of devices that can train there are 1; set it",
+            "cluster.num_workers is 2, with devices for 1: set it to auto",
         ),
         ("strategy: {mode: zero3, local_steps: 4}\n", TWO_GPUS, "workers that train apart hold everything"),
         ("strategy: {local_steps_merge: product}\n", TWO_GPUS, "set strategy.local_steps, or leave it out"),
