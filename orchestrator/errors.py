@@ -138,7 +138,7 @@ class Diverged(RunFailed):
         self.step, self.sample_ids, self.has_loss = step, list(sample_ids), has_loss
         shown = ", ".join(str(sample) for sample in self.sample_ids[:20])
         way = "Lower train.learning_rate or train.max_grad_norm, or set model.dtype: float32"
-        if step == 0:
+        if step == 0 and not has_loss:  # weights whose loss is a number are numbers
             way = "Nothing was trained before it: the weights hold no finite numbers, or the type is too narrow. Fetch"
             way += " the model again, or set model.dtype: float32"
         text = f"the loss of step {step + 1} is not a number (samples {shown})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Losses = dict[str, float]  # of one task, by the way its adapter was made
 Say = Callable[[str], None]
 
 
-def names_of(cards: Sequence[AdapterCard], places: Iterable[int]) -> dict[int, str]:
+def names_of(cards: Sequence[AdapterCard], places: Sequence[int]) -> dict[int, str]:
     """A name for each task; of adapters with one name the first characters of their digests follow."""
     count = Counter(cards[place].name for place in places)
     return {

@@ -197,13 +197,13 @@ class RunFolder(Folder):
 
     def _base_beside(self) -> Path | None:
         """The base's folder as the adapter names it, from its own place; None where it names none that is there."""
-        exported = self.exported()
+        if (exported := self.exported()) is None:
+            return None
         try:
-            named = read_json(exported / "adapter_config.json")["base_model_name_or_path"] if exported else None
-            folder = (exported / named).resolve() if exported and named else None
+            folder = (exported / read_json(exported / "adapter_config.json")["base_model_name_or_path"]).resolve()
         except (BadInput, OSError, LookupError, TypeError):
             return None
-        return folder if folder and folder.is_dir() else None
+        return folder if folder.is_dir() else None
 
     def result(self) -> RunResult | None:
         """What the run came to, None while it has no result.  Raises JobError."""

@@ -19,12 +19,11 @@ from orchestrator.serving.engines.protocol import Piece, Query, Refused, ServedM
 
 _MOST_STOPS, _MOST_TOP = 16, 20
 _ROLES = ("system", "developer", "user", "assistant")
-_READ = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos", "logprobs", "stream"}
-_READ |= {"stream_options"}
+_READ = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos", "logprobs"}
+_READ |= {"stream", "stream_options"}
 _READ_OF_CHATS, _READ_OF_TEXTS = {"messages", "max_completion_tokens", "top_logprobs"}, {"prompt"}
-# They ask for nothing of an answer.
-_NAMES_ONLY = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
-# Fields that this server does not have, and the values that ask for nothing; of vLLM and llama.cpp below.
+_NOT_OF_ANSWERS = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"}
+# Fields that this server does not have, and the values that ask for nothing; from top_k on vLLM's and llama.cpp's own.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -97,7 +96,7 @@ def parse_request(text: bytes, is_chat: bool, resolve: Callable[[str], ServedMod
 def _refuse_others(body: Mapping[str, Any], read: set[str]) -> None:
     """Raise Refused for the first field that asks for something and is not read."""
     for name, value in body.items():
-        if name in read | _NAMES_ONLY or value is None:
+        if name in read | _NOT_OF_ANSWERS or value is None:
             continue
         neutral = (one for one in _NEUTRAL.get(name, ()) if isinstance(one, bool) == isinstance(value, bool))
         if value not in neutral:

@@ -358,9 +358,7 @@ def _learn_once(training: Training, step: int, sample_ids: Sequence[int]) -> dic
         if learner.num_looks:
             look_at(setup, training.data, batch, techniques)
             continue
-        if setup.noise:
-            setup.noise.begin(step)
-        training.random.begin(f"{training.schedule.seed}/{step}/learn/{group[0]}")
+        _begin(training, step, batch)
         if objective:
             objective.begin(num_counted, training.data.num_chosen_tokens(sample_ids))
         forward_backward(setup, batch, max(1, num_counted), techniques, training.scaler)

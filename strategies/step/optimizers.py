@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from transformers.optimization import Adafactor as TransformersAdafactor
 
 from strategies.optimizers import OPTIMIZERS
 from strategies.step.state import COUNTS
@@ -42,7 +41,7 @@ def build_optimizer(
         return MuonWithAdamW(groups, betas, settings.adam_epsilon, decay, outside)
     builders: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "sgd": lambda: torch.optim.SGD(groups, weight_decay=decay),
-        "adafactor": lambda: Adafactor(groups, weight_decay=decay, scale_parameter=False, relative_step=False),
+        "adafactor": lambda: _adafactor(groups, decay),
         "adagrad": lambda: Adagrad(groups, weight_decay=decay),
         "rmsprop": lambda: torch.optim.RMSprop(groups, weight_decay=decay),
     }
@@ -62,6 +61,25 @@ def _apart(groups: list[dict[str, Any]], undecayed: Collection[int]) -> list[dic
         if spared:
             found.append({**group, "params": spared, "weight_decay": 0.0})
     return found
+
+
+def _adafactor(groups: list[dict[str, Any]], decay: float) -> torch.optim.Optimizer:
+    """As transformers' Trainer builds it.
+
+    torch's own scales a step by the weight's size: LoRA's B, which begins at zero, hardly moves.
+    """
+    from transformers.optimization import Adafactor  # loads two thousand modules: only where it trains
+
+    optimizer = Adafactor(groups, weight_decay=decay, scale_parameter=False, relative_step=False)
+    optimizer.register_step_post_hook(_keep_as_tensors)
+    return optimizer
+
+
+def _keep_as_tensors(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Of each weight's state the counter as a tensor, which a checkpoint holds; its size is measured in each step."""
+    for state in optimizer.state.values():
+        state["step"] = torch.as_tensor(float(state["step"]))
+        state.pop("RMS", None)
 
 
 def _of_bitsandbytes(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -191,24 +209,6 @@ def evaluated_weights(setup: TrainSetup) -> AbstractContextManager[None]:
     """Inside the block the trained weights are those that are evaluated and handed back."""
     averages = averages_of(setup)
     return averages.averaged() if averages else contextlib.nullcontext()
-
-
-class Adafactor(TransformersAdafactor):
-    """As transformers' Trainer builds it, its counter in a tensor, so that a checkpoint holds it.
-
-    torch's own scales a step by the weight's size: LoRA's B, which begins at zero, hardly moves.
-    """
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        for state in self.state.values():
-            state["step"] = torch.as_tensor(float(state["step"]))
-            state.pop("RMS", None)  # of the weight, made anew in each step
-        return result
 
 
 class Adagrad(torch.optim.Adagrad):

@@ -12,6 +12,7 @@ from orchestrator.serving.engines.protocol import Query, TokenScore
 
 _COLD = 1e-5  # below this temperature the most likely token is taken
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_REPLACED = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenSampler:
@@ -26,17 +27,23 @@ class TokenSampler:
 
     def pick(self, logits_V: torch.Tensor) -> int:
         """A token of float32 logits.  Raises ValueError where they are no numbers."""
-        if logits_V.isnan().any():
-            raise ValueError("the logits are no numbers")
         if self._generator is None:
-            return int(logits_V.argmax())
+            token = int(logits_V.argmax())  # of a NaN, where there is one
+            _refuse_nan(logits_V[token])
+            return token
         probabilities_V = torch.softmax(logits_V.cpu() / self._temperature, 0)
+        _refuse_nan(probabilities_V[0])  # one NaN makes all of them NaN
         if self._top_p < 1:
             sorted_V, tokens_V = probabilities_V.sort(descending=True)
             is_kept_V = sorted_V.cumsum(0) - sorted_V < self._top_p
             is_kept_V[0] = True  # also where it is as likely as all of top_p
             probabilities_V = torch.zeros_like(sorted_V).scatter(0, tokens_V, sorted_V * is_kept_V)
         return int(torch.multinomial(probabilities_V, 1, generator=self._generator))
+
+
+def _refuse_nan(number: torch.Tensor) -> None:
+    if number.isnan():
+        raise ValueError("the logits are no numbers")
 
 
 def score(tokenizer: Any, logits_V: torch.Tensor, token: int, num_top: int) -> TokenScore:
@@ -56,9 +63,6 @@ def _named(tokenizer: Any, token: int, logprob: float) -> TokenScore:
         return TokenScore(raw.decode(), list(raw), logprob)
     except UnicodeDecodeError:
         return TokenScore("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw), logprob)
-
-
-_REPLACED = "\N{REPLACEMENT CHARACTER}"
 
 
 def bytes_of(piece: str) -> bytes | None:

@@ -33,8 +33,8 @@ _ROWS, _TOKENS = 2, 32  # of the batch that is compared
 # Largest difference of two logits over the largest logit.  The same weights in the same precision differ by the order
 # of sums at most; weights that were rounded to another precision differ by that rounding.
 _SAME = {"float32": 1e-4, "bfloat16": 2**-6, "float16": 2**-9}
-_GO_BACK = "Lower train.learning_rate or set model.dtype: float32, and submit it again"
 _ROUNDED = {"float32": 1e-3, "bfloat16": 2**-4, "float16": 2**-7}
+_AGAIN = "Lower train.learning_rate or set model.dtype: float32, and submit it again"
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ def compare(
     `is_rounded`: the trained model computed with weights of more or less precision than those that are handed back.
     """
     if portrait.broken is not None:
-        raise RunFailed(f"the training left weights that are no numbers, the first is {portrait.broken}. {_GO_BACK}")
+        raise RunFailed(f"the training left weights that are no numbers, the first is {portrait.broken}. {_AGAIN}")
     if portrait.dtype != "float16" and not portrait.logits_BTV.isfinite().all():
-        raise RunFailed(f"the trained model computes logits that are no numbers. {_GO_BACK}")
+        raise RunFailed(f"the trained model computes logits that are no numbers. {_AGAIN}")
     try:
         model = load(portrait.attention)
     except Exception as error:  # transformers, PEFT and safetensors raise anything

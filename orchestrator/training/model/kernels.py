@@ -28,7 +28,7 @@ from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
 # packing_error of a model that does not leak stays below
-ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+_ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
 def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:
@@ -75,7 +75,7 @@ def fastest_on_cpu(model: Any, rows: int) -> Techniques:
         if refuse_kernel(document_attention.NAME, cpu, shape):
             return padded
         model.set_attn_implementation(document_attention.NAME)
-        if document_attention.packing_error(model) < ROUNDING["float32"]:
+        if document_attention.packing_error(model) < _ROUNDING["float32"]:
             packed = dataclasses.replace(padded, attn_implementation=document_attention.NAME, packing=True)
             shares = _fault_of_trees(model, packed, model.device) is None
             return dataclasses.replace(packed, share_prefixes=shares)
@@ -104,7 +104,7 @@ def _fault_of(model: Any, name: str, context: WorkerContext, techniques: Techniq
         "documents",
         f"logits over their spread: three short documents in one row with {name} attention, and apart",
         error,
-        ROUNDING[techniques.dtype],
+        _ROUNDING[techniques.dtype],
         f"another order of sums in {techniques.dtype}",
     )
     context.record(proof)
@@ -132,7 +132,7 @@ def _fault_of_trees(model: Any, techniques: Techniques, device: torch.device) ->
         return "the model drops activations at random, a shared one for several rows at once"
     with autocast(device.type, techniques.dtype):
         error = document_attention.sharing_error(model)
-    return None if error < ROUNDING[techniques.dtype] else "the model sees more of a row than its own beginning"
+    return None if error < _ROUNDING[techniques.dtype] else "the model sees more of a row than its own beginning"
 
 
 def with_known_layers(setup: TrainSetup, techniques: Techniques, context: WorkerContext) -> Techniques:
@@ -178,7 +178,7 @@ def _fault_of_skipping(model: Any, lower: LowerLayers, techniques: Techniques, d
         return "below the first layer that trains activations are dropped at random"
     with autocast(device.type, techniques.dtype):
         error = _skipping_error(model, lower)
-    return None if error < ROUNDING[techniques.dtype] else "its upper layers see more than what the lower ones hand on"
+    return None if error < _ROUNDING[techniques.dtype] else "its upper layers see more than what the lower ones hand on"
 
 
 @torch.no_grad()
