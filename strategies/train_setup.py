@@ -326,6 +326,7 @@ class TrainSetup:
     noise: InputNoise | None = None  # on the embeddings of training passes
     extra_loss: ExtraLoss | None = None  # of training passes: `MethodDefaults.adds_loss` says so
     label_smoothing: float = 0.0  # of training passes: this part of each token's label is spread over the vocabulary
+    row_multiple: int = 1  # tokens of which packed rows of training passes hold a multiple, filled up where they do not
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     decided: tuple[str, ...] = ()  # of the buffers, choices: when `between` has made one all workers take the first's,

@@ -60,9 +60,8 @@ def attend_tree(
     is_half_on_cpu = row[0].device.type == "cpu" and row[0].dtype != torch.float32
     outputs: dict[int, torch.Tensor] = {}
     for batch in _products(tuple(nodes)) if is_half_on_cpu else ():
-        if len(batch) > 1:
-            found = _attend_together(row, [nodes[one] for one in batch], nodes, scaling, sliding_window)
-            outputs |= zip(batch, found, strict=True)
+        found = _attend_together(row, [nodes[one] for one in batch], nodes, scaling, sliding_window)
+        outputs |= zip(batch, found, strict=True)
     lengths = [node.length for node in nodes]
     parts = [x.split(lengths, dim=2) for x in row] if len(outputs) < len(nodes) else []
     for number, node in enumerate(nodes):

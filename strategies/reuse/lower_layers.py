@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from strategies.model.architecture import architecture_of, decoder_layers
 from strategies.reuse.kept_states import KeptStates, StatesInMemory
@@ -157,6 +158,7 @@ class LowerLayers:
 
         def hand_over(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
             kept = hidden_TH[None].to(hidden_states.device)
+            kept = F.pad(kept, (0, 0, 0, hidden_states.shape[1] - kept.shape[1]))  # of a row that was filled up
             return (kept,) if self._is_tuple else kept
 
         for layer in self._layers:
@@ -175,8 +177,8 @@ class DocumentParts:
         self._lengths, self._tree = lengths, tree  # of the documents, or of the nodes
 
     def documents(self, row_TH: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens of each document (L, H)."""
-        parts = row_TH.split(list(self._lengths))
+        """The tokens of each document (L, H); what a row was filled up with stands behind them."""
+        parts = row_TH[: sum(self._lengths)].split(list(self._lengths))
         if self._tree is None:
             return list(parts)
         return [torch.cat([parts[node] for node in self._tree.path(end)]) for end in self._tree.ends]

@@ -172,8 +172,7 @@ def find_short(lengths: Sequence[int], query: torch.Tensor) -> list[tuple[int, i
         return []
     starts = itertools.accumulate(lengths, initial=0)
     every = enumerate(zip(starts, lengths, strict=False))
-    short = [(document, start, length) for document, (start, length) in every if length <= _SHORT]
-    return short if len(short) > 1 else []
+    return [(document, start, length) for document, (start, length) in every if length <= _SHORT]
 
 
 @functools.lru_cache(maxsize=4)  # every layer asks for the same; numbers, since a tensor may be a fake one

@@ -36,6 +36,7 @@ def forward_backward(
 def forward(setup: TrainSetup, batch: Batch, num_counted: float, techniques: Techniques) -> torch.Tensor:
     """A micro-batch's part of the step's loss, with what its backward pass needs."""
     device = batch.input_ids_BT.device
+    batch = batch.filled(setup.row_multiple)
     smoothing = setup.label_smoothing
     beside = setup.extra_loss.over(batch) if setup.extra_loss else nullcontext()
     with setup.noise.over(batch) if setup.noise else nullcontext(), beside:

@@ -68,6 +68,7 @@ class Batch:
     picked_S: torch.Tensor | None = field(init=False)  # their places among B x C; None = all, in order
     positions_BT: torch.Tensor | None = field(init=False, default=None)  # in the document, of a packed row
     borders_D: torch.Tensor | None = field(init=False, default=None)  # where its documents begin, and the end; int32
+    num_filler: int = field(init=False, default=0)  # tokens behind the documents that are none of theirs
 
     @classmethod
     def of_tree(cls, row: SharedRow, sample_ids: tuple[int, ...]) -> Batch:
@@ -95,6 +96,23 @@ class Batch:
         if self.document_lengths is None:
             return None
         return DocumentParts(self.document_lengths, self.shared.tree if self.shared else None)
+
+    def filled(self, multiple: int) -> Batch:
+        """The packed row with tokens of no sample behind it, up to a multiple of so many; they see and teach nothing.
+
+        Kernels that work in tiles are slow on a rest, and oneDNN prepares a product for each number of rows.
+        """
+        missing = -self.input_ids_BT.shape[1] % multiple
+        if missing == 0 or self.positions_BT is None:
+            return self
+        row = copy.copy(self)
+        row.num_filler = missing
+        row.input_ids_BT = F.pad(self.input_ids_BT, (0, missing))
+        own = torch.arange(missing, device=self.positions_BT.device)[None]
+        row.positions_BT = torch.cat([self.positions_BT, own], 1)
+        if self.borders_D is not None:
+            row.borders_D = torch.cat([self.borders_D, self.borders_D[-1:] + missing])
+        return row
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; to a GPU it travels from pinned memory while the one before is computed."""
@@ -154,12 +172,13 @@ def arguments_of(batch: Batch) -> dict[str, Any]:
     """What a model needs beside token ids: borders and positions of documents, or the mask of padding."""
     if batch.document_lengths is None:
         return {"use_cache": False, "attention_mask": batch.attention_mask_BT}
+    filler = (batch.num_filler,) if batch.num_filler else ()  # one more document
     if (row := batch.shared) is not None:
-        arguments = tree_arguments(row.lengths, row.parents, batch.input_ids_BT.device, batch.positions_BT)
-        return {"use_cache": False, **arguments}
+        nodes = (*row.lengths, *filler), (*row.parents, *[-1] * len(filler))
+        return {"use_cache": False, **tree_arguments(*nodes, batch.input_ids_BT.device, batch.positions_BT)}
     assert batch.positions_BT is not None and batch.borders_D is not None
-    at = batch.positions_BT, batch.borders_D
-    return {"use_cache": False, **packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)}
+    at, lengths = (batch.positions_BT, batch.borders_D), (*batch.document_lengths, *filler)
+    return {"use_cache": False, **packed_arguments(lengths, batch.input_ids_BT.device, at)}
 
 
 def token_losses(model: Any, batch: Batch, loss_type: LossType = "nll", smoothing: float = 0.0) -> torch.Tensor:
