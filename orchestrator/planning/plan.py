@@ -291,7 +291,7 @@ def _deciding(techniques: Techniques) -> dict[str, Any]:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """The resolved values by job-file key, for printing and tracking."""
-    techniques, stage = plan.techniques, plan.techniques.stage
+    techniques, stage, threads = plan.techniques, plan.techniques.stage, plan.threads_per_worker
     counts = [
         one.techniques.stage.count for one in plan.nodes if one.techniques.stage and one.techniques.stage.is_first
     ]
@@ -312,6 +312,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "train.cache_frozen_activations": techniques.cache_frozen_activations,
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
+        **({"train.threads": threads} if plan.nodes[0].torch_device == "cpu" and threads > 1 else {}),
         "strategy.offload": techniques.offload,
         **({"strategy.mode": "pipeline"} if stage else {}),
         **{f"strategy.pipeline.{key}": value for key, value in pipeline.items()},

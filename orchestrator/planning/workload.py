@@ -172,11 +172,14 @@ def _what_is_kept(chosen: Candidate, workload: Workload, on_disk: bool) -> str:
 
 
 def explain_kinds(chosen: Candidate, workload: Workload) -> dict[str, str]:
-    """What is to be said of the method and of the objective, whether the job states them or not, by key."""
+    """What is to be said of method, objective and threads, whether the job states them or not, by key."""
     sizes = chosen.method.exports(workload.shape).sizes
     reasons = {"method.type": f"as the job says; what is handed back: {sizes}"} if sizes else {}
     if workload.needs_reference:
         reasons["objective.type"] = _why_reference(chosen, workload)
+    slot = chosen.placed[0].slot
+    if slot.device.kind == "cpu" and slot.threads > 1:
+        reasons["train.threads"] = "those that wait spin, and sleep at once while other programs use the cores"
     return reasons
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.search.trial_run import TrialRun
 from strategies.contract import MemoryEstimate
 from strategies.multi_lora.turns import Rounds, Turn
-from strategies.step import host_memory
+from strategies.step import host_memory, thread_waits
 
 _NO_LIMIT = 10**6  # who has a place is decided by who sends the trials
 
@@ -22,13 +22,12 @@ class ResidentTrainer:
 
     def __init__(self, places: int, memory: MemoryEstimate, threads: int) -> None:
         """`memory`: predicted of as many trials as there are places; `threads`: that compute a pass."""
-        import torch  # which who starts this does not need
 
         import orchestrator.training.workers.experiment  # noqa: F401  what trials need
         from orchestrator.training.together.seat import SharedModel
 
         host_memory.freeze_imports()
-        torch.set_num_threads(threads)
+        thread_waits.use_threads(threads)
         self._notes: list[str] = []
         self._reports: list[dict[str, Any]] = []
         self._shared = SharedModel(places, memory, self._notes.append)

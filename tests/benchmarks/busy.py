@@ -29,8 +29,7 @@ def step_ms(name: str, seconds: float, threads: int | None = None) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if threads:
-        torch.set_num_threads(threads)
+    thread_waits.use_threads(threads or len(os.sched_getaffinity(0)))
     width, mlp, layers, samples, tokens = MODELS[name]
     config = LlamaConfig(
         vocab_size=4000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
@@ -78,7 +77,7 @@ def main() -> None:
         return
     for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_"))]:
         del os.environ[name]
-    print("model     others  spinning   spins a little  sleeping  ms a step")
+    print("model     others  spinning   as we wait  sleeping  ms a step")
     for name in MODELS:
         for others in (0, 1, 2):
             with busy(others):
@@ -86,7 +85,7 @@ def main() -> None:
                 taken = [step_ms_apart(policy, "--one", name, "--seconds", asked.seconds) for policy in policies]
             print(f"{name:9} {others:6}  {taken[0]:8.1f}  {taken[1]:15.1f}  {taken[2]:8.1f}", flush=True)
     most = len(os.sched_getaffinity(0))
-    print(f"\nmiddling, spins a little: ms a step with {most} threads and with {most - 1}")
+    print(f"\nmiddling, as we wait: ms a step with {most} threads and with {most - 1}")
     for others, nice in itertools.product((0, 1), (0, 15)):
         row = ["--one", "middling", "--seconds", asked.seconds, "--nice", nice, "--threads"]
         with busy(others):

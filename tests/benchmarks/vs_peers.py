@@ -42,7 +42,8 @@ ROWS_A_STEP, LEARNING_RATE, WARM = 8, 1e-3, 2
 CONTESTANTS = ("ours", "ours-separate", "bare", "strong", "trl", "trl-tuned", "trl-packing", "llama-factory")
 # Of our launcher (strategies/step/host_memory.py), as glibc reads it from the environment: worth a fifth to a peer too.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(256 * 2**20)}
-MALLOC |= {"MALLOC_MMAP_MAX_": "0", "GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+MALLOC |= {"MALLOC_MMAP_MAX_": "0", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
+MALLOC |= {"GOMP_SPINCOUNT": "20000", "OMP_WAIT_POLICY": "passive"}  # strategies/step/thread_waits.py
 
 
 def main() -> None:
@@ -259,6 +260,7 @@ def ours(arguments) -> dict:
     from orchestrator.data.order import Order
     from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
+    from orchestrator.training.model.kernels import row_multiple
     from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.workload import Techniques
@@ -266,6 +268,7 @@ def ours(arguments) -> dict:
     shares = arguments.only == "ours"
     techniques = Techniques(arguments.dtype, "document", True, False, 1, 1024, share_prefixes=shares)
     setup = our_setup(techniques, arguments.seed, arguments.first_layer)
+    setup.row_multiple = row_multiple(setup, techniques)
     data = our_dataset(arguments.data, arguments.steps * ROWS_A_STEP)
     seconds, tokens, supervised = [], [], []
 

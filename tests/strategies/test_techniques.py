@@ -1,9 +1,6 @@
 """The catalogue: verdicts follow the device's figures, and every rule of what goes together says why."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -12,7 +9,6 @@ from clusters.hardware import datasheet
 from strategies import METHODS, TECHNIQUES
 from strategies.compatibility import conflict
 from strategies.shape import ModelShape
-from strategies.step import thread_waits
 from strategies.techniques.technique import Choice, judge
 from strategies.workload import Techniques, Workload
 
@@ -233,30 +229,6 @@ def test_what_deepspeed_does_is_refused_where_it_is_absent(changes):
 
 def test_what_goes_together_has_no_conflict():
     assert conflict(METHODS["lora"](), SWITCHES, cpu(26), SHAPE) is None
-
-
-def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch):
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    ours = thread_waits.environment()
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    theirs = thread_waits.environment()
-
-    assert (ours, theirs) == ({"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"})
-
-
-def test_the_program_sets_it_before_torch_is_loaded():
-    code = (
-        "import os, sys; from orchestrator.cli import app as cli\n"
-        "cli.app = lambda **_: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
-        "cli.main()"
-    )
-    theirs = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    environment = {name: value for name, value in os.environ.items() if name not in theirs}
-
-    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-
-    assert said.stdout.split() == ["1000", "False"]
 
 
 def test_the_extra_that_brings_a_library_is_the_one_that_pyproject_declares():

@@ -215,7 +215,10 @@ class TrainSection(Section):
     seed: int = key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
     gradient_checkpointing: Auto | bool = key("auto", "recompute activations to save memory")
     threads: Auto | Annotated[int, Field(ge=1, le=MOST)] = key(
-        "auto", "threads of a worker; auto = all cores of its machine, divided among the workers there"
+        "auto",
+        "threads of a worker on a CPU; auto = all cores of its machine, divided among the workers there. Those that"
+        " wait spin, and sleep at once while other programs use the cores (GOMP_SPINCOUNT, OMP_WAIT_POLICY decide"
+        " where set)",
     )
     cache_frozen_activations: Auto | bool | Literal["disk"] = key(
         "auto",

@@ -66,9 +66,14 @@ def _start(settings: Mapping[str, Any], out: TextIO) -> Any:
 
         _silence_libraries()
         return LlamaCppEngine(found, send)
-    from orchestrator.serving.engines.transformers_engine import TransformersEngine
+    import torch
 
-    return TransformersEngine(found, send)
+    from orchestrator.serving.engines.transformers_engine import TransformersEngine
+    from strategies.step import thread_waits
+
+    engine = TransformersEngine(found, send)
+    thread_waits.use_threads(torch.get_num_threads())
+    return engine
 
 
 def _serve(engine: Any, lines: queue.Queue[dict[str, Any] | None], out: TextIO) -> None:

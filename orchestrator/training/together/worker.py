@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.determinism import deterministic
@@ -21,6 +19,7 @@ from orchestrator.training.workers.failures import record_failure
 from orchestrator.training.workers.worker import work
 from strategies.contract import MemoryEstimate
 from strategies.multi_lora.turns import Turn, take_turns
+from strategies.step import thread_waits
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class SharedWork:
                 run.record(Note(text))
 
         shared = SharedModel(len(runs), self.memory, note, self.num_workers)
-        torch.set_num_threads(first.plan().part_of(node, slot).threads)
+        thread_waits.use_threads(first.plan().part_of(node, slot).threads)
         calls = [partial(_work, shared, run, node, slot) for run in runs]
         with deterministic(first.job().spec.train.deterministic):
             take_turns(calls, self.places, shared.run_pass)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import loading
 from orchestrator.training.model.devices import device_like
@@ -14,6 +12,7 @@ from orchestrator.training.model.references import attach_references
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import quality
 from orchestrator.training.workers.setup import prepare_model
+from strategies.step import thread_waits
 
 
 def measure(folder: str) -> None:
@@ -24,7 +23,7 @@ def measure(folder: str) -> None:
     held_out = loading.load_data(run)[1]
     if part is None or held_out is None:
         return
-    torch.set_num_threads(part.threads)
+    thread_waits.use_threads(part.threads)
     # Its events are the workers'.
     context = WorkerContext(job, plan, part, run.data().model, device_like(part), run_path=run.path)
     setup, techniques = prepare_model(context)

@@ -35,7 +35,7 @@ from orchestrator.training.workers import finished, preflight
 from orchestrator.training.workers.setup import prepare_model
 from strategies.measure import dissect, timeline
 from strategies.measure.trace import LiveStorages
-from strategies.step import host_memory
+from strategies.step import host_memory, thread_waits
 from strategies.step.supervised_logits import Batch
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
@@ -72,7 +72,7 @@ def bench_training(
     if part.techniques.uses_engine:
         raise JobError("bench runs one device: set strategy.mode: single and strategy.offload: none")
     device = planned_device(part)
-    torch.set_num_threads(part.threads)
+    thread_waits.use_threads(part.threads)
     data, _ = datasets(ready.data_files)
     say(f"loading the model, then {_WARM_UP + num_steps} steps ...")
     setup, techniques = prepare_model(WorkerContext(job, plan, part, folder, device))

@@ -29,7 +29,7 @@ from orchestrator.training.worker_context import RunSeat, WorkerContext, tensors
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.setup import prepare_model, schedule_of
 from strategies.measure.trace import LiveStorages, tensors_of
-from strategies.step import host_memory
+from strategies.step import host_memory, thread_waits
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
@@ -47,7 +47,7 @@ class Experiment:
         self.plan, part, train_section = plan, plan.nodes[0], job.spec.train
         device = device_like(part)
         self._gpu = gpu_in_use(part, device)  # name and UUID
-        torch.set_num_threads(part.threads)
+        thread_waits.use_threads(part.threads)
         self._context = WorkerContext(job, plan, part, model_folder, device, record=self._record, seat=seat)
         self._data, self._held_out = data, held_out
         self._setup, self._techniques = prepare_model(self._context, len(data))

@@ -35,6 +35,7 @@ from orchestrator.training.model.tied import merged_model
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.quality import measure
 from orchestrator.training.workers.setup import loss_of, prepare_model
+from strategies.step import thread_waits
 from strategies.step.out_of_memory import release_cache
 from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSetup
@@ -46,7 +47,7 @@ def context_of(run: RunFolder, job: Job) -> WorkerContext:
     """This process as one that computes with a run's model: on the planned device, with all of the run's threads."""
     plan, folder = run.plan(), model_of(run)
     device = device_like(plan.nodes[0])
-    torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
+    thread_waits.use_threads(plan.threads_per_worker * plan.num_workers)
     # Without its events: notes on kernels stand there already.
     return WorkerContext(job, plan, plan.nodes[0], folder, device, run_path=run.path)
 

@@ -35,6 +35,7 @@ from orchestrator.training.model.references import assume_references
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import HeaviestLoad, WorkerContext, tensors_kind
 from orchestrator.training.workers.setup import prepare_model
+from strategies.step import thread_waits
 from strategies.step.out_of_memory import catch_out_of_memory, is_out_of_memory
 from strategies.step.passes import passes_of
 from strategies.step.state import forget, gather
@@ -251,7 +252,7 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     plan = ready.plan
     say("preflight: loading the model ...")
     device = planned_device(plan.nodes[0])
-    torch.set_num_threads(plan.threads_per_worker)
+    thread_waits.use_threads(plan.threads_per_worker)
     data, held_out = datasets(ready.data_files)
     part = plan.nodes[0]
     setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files.model, device), len(data))

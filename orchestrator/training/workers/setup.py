@@ -25,7 +25,7 @@ from orchestrator.runs.record import few
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
 from orchestrator.training.metrics import refuse_tokenizer
-from orchestrator.training.model.kernels import with_known_layers, with_loss_that_runs, without_leaks
+from orchestrator.training.model.kernels import row_multiple, with_known_layers, with_loss_that_runs, without_leaks
 from orchestrator.training.model.loading import (
     Placing,
     load_data,
@@ -46,7 +46,7 @@ from strategies.pipeline.cut import CannotCut, load_stage
 from strategies.pipeline.self_check import check_family
 from strategies.pipeline.stages import WholeExport, make_stage
 from strategies.schedules import lr_factor
-from strategies.step import device_memory
+from strategies.step import device_memory, thread_waits
 from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
@@ -75,7 +75,7 @@ def start_worker(run: RunFolder, rank: int, size: int, node: str, slot: int) -> 
     device = torch.device("cpu" if part.torch_device == "cpu" else "cuda:0")  # it sees its own GPU and no other
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.set_num_threads(part.threads)
+    thread_waits.use_threads(part.threads)
     device_memory.limit(device, part.memory_usable_bytes)
     record = run.record if rank == 0 else ignore_event
     group = group_of(rank, size, plan)
@@ -204,6 +204,7 @@ def prepare_model(context: WorkerContext, num_samples: int = 0) -> tuple[TrainSe
     setup.objective = loss_of(context.plan)
     _regularise(context.job, setup)
     techniques = with_known_layers(setup, techniques, context)
+    setup.row_multiple = row_multiple(setup, techniques)
     for text in setup.notes:
         context.note(text)
     return setup, techniques

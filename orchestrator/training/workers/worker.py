@@ -28,7 +28,7 @@ from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.pace import agree_on_shares, has_fixed_shares
 from orchestrator.training.workers.result import TrainingOutcome
 from orchestrator.training.workers.setup import Inputs, load_inputs, schedule_of, start_worker
-from strategies.step import host_memory
+from strategies.step import host_memory, thread_waits
 from strategies.step.state import gather
 from strategies.train_setup import TrainSetup, TrainState
 
@@ -155,6 +155,8 @@ def _hooks(run: RunFolder, context: WorkerContext, setup: TrainSetup, meter: Met
         if context.seat and isinstance(event, StepReport):
             event = context.seat.attributed(event)
         context.record(event)
+        if isinstance(event, StepReport) and (text := thread_waits.report_change()):
+            context.note(text)
         if isinstance(event, StepReport) and event.step % _STEPS_A_TRIM == 0:
             meter.read()
             if context.device.type == "cpu":
