@@ -13,6 +13,7 @@ threads is kept beside those that compute.  No sum changes by that, as it would 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -58,7 +59,10 @@ def _watch() -> Watch | None:
     openmp = _libgomp() if set_by_us and _STAT.exists() else None
     if openmp is None:
         return None
-    watch = Watch(openmp)
+    try:
+        watch = Watch(openmp)
+    except (OSError, ValueError):  # a kernel that does not say what its CPUs do
+        return None
     threading.Thread(target=watch.run, name="thread-waits", daemon=True).start()
     return watch
 
@@ -86,10 +90,11 @@ class Watch:
     _load: OtherLoad = field(default_factory=lambda: OtherLoad(sorted(os.sched_getaffinity(0))))
 
     def run(self) -> None:
-        """Look until the process ends."""
-        while True:
-            time.sleep(_PERIOD_S)
-            self.look()
+        """Look until the process ends, or until the kernel does not say what its CPUs do."""
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                time.sleep(_PERIOD_S)
+                self.look()
 
     def look(self) -> None:
         """Decide by what others have used since the last look."""
