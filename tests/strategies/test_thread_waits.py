@@ -11,6 +11,9 @@ from strategies.step import thread_waits
 
 OURS = {"GOMP_SPINCOUNT": "20000", "OMP_WAIT_POLICY": "passive"}
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="libgomp and /proc are Linux's")
+on_cores = pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="a thread alone waits for none"
+)
 STAT = "cpu 9 9 9 9 9 9 9 9 0 0\ncpu0 100 10 30 5000 70 5 5 50 9 0\ncpu1 1 1 1 1 1 1 1 1 0 0\nintr 1 2 3\n"
 
 
@@ -104,7 +107,7 @@ print(json.dumps(found))
 """
 
 
-@on_linux
+@on_cores
 def test_a_team_that_sleeps_beside_them_makes_waiting_threads_sleep_until_it_ends():
     spinning, sleeping, again, asleep = run(_WAITING)
 
@@ -129,8 +132,7 @@ print(json.dumps([torch.get_num_threads() == cores, said, thread_waits.report_ch
 """
 
 
-@on_linux
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a thread alone waits for none")
+@on_cores
 def test_programs_that_take_the_cores_are_noticed_and_said():
     threads, said, twice = run(_CROWDED)
 
