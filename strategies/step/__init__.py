@@ -13,6 +13,6 @@ side_stream         copies between a GPU and pinned host memory beside the compu
 state               gather a training's state for a checkpoint, and put it back
 streamed_output     an output matrix on the host, whose slices visit the device
 supervised_logits   the loss at supervised positions only
-thread_waits        let waiting OpenMP threads sleep soon
+thread_waits        waiting threads spin, or sleep at once while other programs want the cores
 weight_stream       frozen weights on the host, which visit the device layer by layer
 """
