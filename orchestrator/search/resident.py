@@ -22,7 +22,6 @@ class ResidentTrainer:
 
     def __init__(self, places: int, memory: MemoryEstimate, threads: int) -> None:
         """`memory`: predicted of as many trials as there are places; `threads`: that compute a pass."""
-
         import orchestrator.training.workers.experiment  # noqa: F401  what trials need
         from orchestrator.training.together.seat import SharedModel
 

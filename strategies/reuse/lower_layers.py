@@ -158,7 +158,8 @@ class LowerLayers:
 
         def hand_over(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
             kept = hidden_TH[None].to(hidden_states.device)
-            kept = F.pad(kept, (0, 0, 0, hidden_states.shape[1] - kept.shape[1]))  # of a row that was filled up
+            if (missing := hidden_states.shape[1] - kept.shape[1]) > 0:  # of a row that was filled up
+                kept = F.pad(kept, (0, 0, 0, missing))
             return (kept,) if self._is_tuple else kept
 
         for layer in self._layers:

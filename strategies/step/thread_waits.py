@@ -3,7 +3,7 @@
 A training step on a CPU is hundreds of short parallel regions.  GNU's OpenMP, which torch's CPU build uses, lets a
 thread that waits spin first and sleep then.  Waking one costs 50 to 100 microseconds, more than most regions take, so
 spinning wins where nothing else runs (1.5x of SmolLM2-135M's steps on two cores with AMX).  Where another program has
-taken a core, every region spins until the scheduler gives it back (0.3x there), so sleeping at once wins.
+taken a core, every region spins until the scheduler gives it back (0.3x at 30,000 spins), so sleeping at once wins.
 
 Which of both is decided while a process computes.  libgomp spins as often as GOMP_SPINCOUNT says, but where it has more
 threads than the process has CPUs it does as OMP_WAIT_POLICY says, and passive is not to spin at all:
@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# A pause of the processor takes 15 ns (AMD) to 55 ns (Intel): 0.3 to 1.1 ms, more than lies between most regions.
+# About a millisecond on a Xeon, more than lies between most regions; less where the processor's pause is shorter.
 _SPINS = {"GOMP_SPINCOUNT": "20000", "OMP_WAIT_POLICY": "passive"}
 # Read when OpenMP is loaded, so before torch is imported.  Where the user has set one of them, theirs stand.
 _VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -68,11 +68,15 @@ def _watch() -> Watch | None:
 
 
 def _libgomp() -> ctypes.CDLL | None:
-    """The libgomp that this process has loaded, as torch brings it; None where it has none."""
+    """The libgomp that torch computes with in this process: its own, or the only one; None where that is not known."""
+    import torch
+
     with Path("/proc/self/maps").open() as lines:
         loaded = {line.split(maxsplit=5)[-1].strip() for line in lines if "libgomp" in line}
+    brought = {path for path in loaded if Path(path).is_relative_to(Path(torch.__file__).parent)}
+    found = brought or loaded
     try:
-        return ctypes.CDLL(loaded.pop()) if len(loaded) == 1 else None
+        return ctypes.CDLL(found.pop()) if len(found) == 1 else None
     except OSError:
         return None
 

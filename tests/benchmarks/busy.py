@@ -77,7 +77,7 @@ def main() -> None:
         return
     for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_"))]:
         del os.environ[name]
-    print("model     others  spinning   as we wait  sleeping  ms a step")
+    print("model     others  spinning       as we wait  sleeping  ms a step")
     for name in MODELS:
         for others in (0, 1, 2):
             with busy(others):

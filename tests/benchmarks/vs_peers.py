@@ -43,7 +43,6 @@ CONTESTANTS = ("ours", "ours-separate", "bare", "strong", "trl", "trl-tuned", "t
 # Of our launcher (strategies/step/host_memory.py), as glibc reads it from the environment: worth a fifth to a peer too.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(256 * 2**20)}
 MALLOC |= {"MALLOC_MMAP_MAX_": "0", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
-MALLOC |= {"GOMP_SPINCOUNT": "20000", "OMP_WAIT_POLICY": "passive"}  # strategies/step/thread_waits.py
 
 
 def main() -> None:
@@ -128,9 +127,12 @@ def child(name: str, arguments: argparse.Namespace, scratch: str) -> dict:
     numbers = ["--steps", str(arguments.steps), "--seed", str(arguments.seed), "--dtype", arguments.dtype]
     numbers += ["--data", str(arguments.data), "--first-layer", str(arguments.first_layer)]
     command = [sys.executable, __file__, "--only", name, *numbers, "--out", scratch]
+    from strategies.step import thread_waits
+
     environment = {
         **os.environ,
         **MALLOC,
+        **thread_waits.environment(),
         "OMP_NUM_THREADS": str(cores()),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
